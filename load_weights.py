@@ -1,0 +1,522 @@
+"""Everything that crosses the disk: presets, config.json, safetensors, tokenizers, checkpoints.
+
+    python load_weights.py DIR      print what is there, and continue one prompt
+
+A Hugging Face backbone loads by a change of prefix (`layout`), a LoopUS checkpoint as it is. Loading is strict: every tensor
+must be there in the shape the config gives, and nothing else may be.
+"""
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+import unicodedata
+from pathlib import Path
+
+import regex                                  # comes with tiktoken
+import tiktoken
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from loopus import Gate, InputError, LoopUS, LoopUSConfig
+
+# name: (hub id or directory, (encoder layers, decoder layers)); the splits are the paper's (App. A.1)
+PRESETS = {
+    "tinyllama": ("TinyLlama/TinyLlama_v1.1", (1, 1)),
+    "qwen3-1.7b": ("Qwen/Qwen3-1.7B", (2, 1)),
+    "qwen3-4b": ("Qwen/Qwen3-4B", (2, 1)),
+    "qwen3-8b": ("Qwen/Qwen3-8B", (6, 1)),
+    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M", (2, 1)),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+                   "chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt")
+
+
+# ---- for every script: errors for people, and the machine's defaults -------------------------------------------------
+
+def run(main):
+    """Run a script's main: bad input is one line and exit code 2, Ctrl-C is exit code 130, neither a traceback."""
+    try:
+        main()
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:                   # `python sample.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def number(kind, low, high=float("inf")):
+    """An argparse type: a number from low to high."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {'a whole number' if kind is int else 'a number'} "
+                                             + (f"of at least {low}" if high == float("inf") else f"from {low} to {high}"))
+        return value
+    return parse
+
+
+def add_model_flags(parser, model_help):
+    """The flags every script shares."""
+    parser.add_argument("--model", help=model_help)
+    parser.add_argument("--split", metavar="E,D", type=parse_split, help="layers of encoder and decoder (default: the preset's; else 1,1)")
+    parser.add_argument("--device", default="auto", help="auto (CUDA, then Apple's mps, then the CPU), cpu, cuda, cuda:1, mps")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the computation (auto: bfloat16 where the hardware multiplies it faster)")
+    parser.add_argument("--seed", type=int, default=1337)
+
+
+def parse_split(text):
+    if not re.fullmatch(r"\d+,\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected two counts of layers, as in 2,1")
+    return tuple(map(int, text.split(",")))
+
+
+def pick_device(name):
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device cpu") from None
+    return device
+
+
+def pick_dtype(name, device):
+    """auto: bfloat16 where the hardware has instructions for it, float32 elsewhere."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    return torch.bfloat16 if fast else torch.float32
+
+
+# ---- config.json -----------------------------------------------------------------------------------------------------
+
+def read_json(path):
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_config(path, split=None):
+    """config.json of a backbone or of a LoopUS checkpoint -> (LoopUSConfig, its dtype or None, is it LoopUS?)."""
+    raw = read_json(path)
+    recast = raw.get("model_type") == "lds"
+    base = raw.get("base_config_dict") if recast else raw
+    try:
+        if not isinstance(base, dict):
+            raise InputError(f"base_config_dict is {base!r}: expected the backbone's config")
+        rope = base.get("rope_parameters") or base.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise InputError(f"rope type {kind!r} is not supported; plain rotary positions are")
+        for field, value in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False), ("use_sliding_window", False)):
+            if base.get(field, value) != value:
+                raise InputError(f"{field} {base[field]!r} is not supported; expected {value!r}")
+        defaults = {"model_type": None, "vocab_size": int, "hidden_size": int, "intermediate_size": int, "num_hidden_layers": int,
+                    "num_attention_heads": int}
+        shape = {}
+        for field, expected in defaults.items():
+            shape[field] = base.get(field)
+            if expected and (type(shape[field]) is not int or shape[field] < 1):
+                raise InputError(f"{field} is {shape[field]!r}: expected a positive whole number")
+        for field, expected in (("num_key_value_heads", int), ("head_dim", int), ("max_position_embeddings", int), ("rms_norm_eps", float)):
+            if base.get(field) is not None:
+                if not isinstance(base[field], (int, expected)) or base[field] <= 0:
+                    raise InputError(f"{field} is {base[field]!r}: expected a positive number")
+                shape[field] = base[field]
+        theta = rope.get("rope_theta", base.get("rope_theta", 10000.0))
+        if not isinstance(theta, (int, float)) or theta <= 0:
+            raise InputError(f"rope_theta is {theta!r}: expected a positive number")
+        if recast:
+            parts = [raw.get(f"{part}_layer_indices") for part in ("encoder", "reasoning", "decoder")]
+            if not all(isinstance(part, list) for part in parts) or sum(parts, []) != list(range(shape["num_hidden_layers"])):
+                raise InputError(f"encoder, reasoning and decoder_layer_indices {parts}: expected layers 0 to {shape['num_hidden_layers'] - 1} in order")
+            if split is not None and split != (len(parts[0]), len(parts[2])):
+                raise InputError(f"--split {split[0]},{split[1]}: this LoopUS checkpoint is split {len(parts[0])},{len(parts[2])} already; leave --split out")
+            split = len(parts[0]), len(parts[2])
+            shape.update(recast=True, loops=raw.get("N", 20), exit_threshold=raw.get("q_threshold", 0.6), base_model=raw.get("base_model_name_or_path", ""))
+        encoder, decoder = split or (1, 1)
+        config = LoopUSConfig(rope_theta=float(theta), encoder_layers=encoder, decoder_layers=decoder, **shape)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return config, DTYPES.get(base.get("dtype") or base.get("torch_dtype")), recast
+
+
+def published_config(model):
+    """The published checkpoints' config.json (fields of the authors' LDSConfig) for a model."""
+    c, dtype = model.config, str(model.decoder.norm.weight.dtype).removeprefix("torch.")
+    first, last = c.encoder_layers, c.num_hidden_layers - c.decoder_layers
+    base = {"architectures": [{"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[c.model_type]], "hidden_act": "silu",
+            "attention_bias": False, "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta}, "tie_word_embeddings": False, "torch_dtype": dtype}
+    for field in ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                  "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "max_position_embeddings"):
+        base[field] = getattr(c, field)
+    return {"architectures": ["LDSForCausalLM"], "model_type": "lds", "base_model_name_or_path": c.base_model, "base_config_dict": base,
+            "encoder_layer_indices": [*range(first)], "reasoning_layer_indices": [*range(first, last)],
+            "decoder_layer_indices": [*range(last, c.num_hidden_layers)], "N": c.loops, "q_threshold": c.exit_threshold,
+            "q_eval_interval": 1, "halting_strategy": "threshold", "convergence_epsilon": 0.01, "torch_dtype": dtype}
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+ADDED = ("reasoning.gate.", "q_head.")                   # what LoopUS adds to a backbone; fp32 always
+
+
+def backbone_name(name, config):
+    """The Hugging Face name of a backbone tensor: reasoning.layers.0.… of a model with 2 encoder layers is model.layers.2.…"""
+    part, rest = name.split(".", 1)
+    if rest.startswith("layers."):
+        _, i, rest = rest.split(".", 2)
+        first = {"encoder": 0, "reasoning": config.encoder_layers, "decoder": config.num_hidden_layers - config.decoder_layers}[part]
+        return f"model.layers.{int(i) + first}.{rest}"
+    return rest if rest == "lm_head.weight" else f"model.{rest}"
+
+
+def opened(path):
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
+
+
+def tensor_files(directory):
+    """name of each stored tensor -> the file that holds it, from one file or from an index and its shards."""
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        where = read_json(index).get("weight_map")
+        if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
+            raise InputError(f"{index}: no weight_map from tensor names to files")
+        for file in sorted(set(where.values())):
+            if not (directory / file).exists():
+                raise InputError(f"{directory / file}: this shard is named in {index.name} but missing; fetch it again")
+            if missing := {name for name, f in where.items() if f == file} - set(opened(directory / file).keys()):
+                raise InputError(f"{directory / file}: tensor {min(missing)} is not in it, though {index.name} says so")
+        return {name: directory / file for name, file in where.items()}
+    file = directory / "model.safetensors"
+    if not file.exists():
+        raise InputError(f"{directory}: no model.safetensors (or model.safetensors.index.json with its shards) in it")
+    return dict.fromkeys(opened(file).keys(), file)
+
+
+def read_tensor(path, name, shape, device, dtype):
+    """One tensor, checked. The file is opened anew for each, so that its mapped pages are given back at once."""
+    with opened(path) as f:
+        found = f.get_slice(name)
+        if found.get_shape() != list(shape):
+            raise InputError(f"{path}: tensor {name} has shape {found.get_shape()}, the config asks for {list(shape)}")
+        if found.get_dtype() not in ("F32", "F16", "BF16"):
+            raise InputError(f"{path}: tensor {name} is {found.get_dtype()}; expected F32, F16 or BF16")
+        return f.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+
+
+def load_model(directory, split=None, device=None, dtype=None):
+    """A LoopUS model from a Hugging Face backbone (gate and head new) or a LoopUS checkpoint in `directory`."""
+    directory = Path(directory)
+    config, _, recast = read_config(directory / "config.json", split)
+    files = tensor_files(directory)
+    files = {name.replace("plateau.", "reasoning.", 1) if recast and name.startswith("plateau.") else name: (path, name) for name, path in files.items()
+             if not name.endswith("rotary_emb.inv_freq")}      # a buffer in old files, not a weight
+    with torch.device("meta"):
+        model = LoopUS(config)
+    wanted = {name: name if recast else backbone_name(name, config) for name in model.state_dict() if recast or not name.startswith(ADDED)}
+    if not recast and "lm_head.weight" not in files:     # a tied head: a copy of the embedding, to be trained alone
+        if read_json(directory / "config.json").get("tie_word_embeddings", False):
+            wanted["decoder.lm_head.weight"] = "model.embed_tokens.weight"
+    if missing := [name for name in wanted.values() if name not in files]:
+        raise InputError(f"{directory}: {len(missing)} tensors of this architecture are not in the file, {missing[0]} first")
+    if extra := sorted(set(files) - set(wanted.values())):
+        raise InputError(f"{directory}: {len(extra)} tensors are not of this architecture ({config.model_type}, {config.num_hidden_layers} layers), {extra[0]} first")
+    if dtype is None:                                    # as stored, one dtype for the whole backbone
+        with opened(files[wanted["encoder.embed_tokens.weight"]][0]) as f:
+            kind = f.get_slice(files[wanted["encoder.embed_tokens.weight"]][1]).get_dtype()
+        dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind, torch.float32)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for name, source in wanted.items():
+        path, key = files[source]
+        tensor = read_tensor(path, key, shapes[name], device or "cpu", torch.float32 if name.startswith(ADDED) else dtype)
+        model.load_state_dict({name: tensor}, strict=False, assign=True)
+    if not recast:
+        for module in (model.reasoning.gate, model.q_head):
+            module.to_empty(device=device or "cpu")
+        for module in (model.reasoning.gate, *model.q_head):
+            module.reset_parameters()
+        config.base_model = directory.name
+    return model.eval()
+
+
+def load(name, *, split=None, device=None, dtype=None):
+    """(LoopUS, Tokenizer or None) from a preset's name, a local directory or a hub id.
+
+    split: (encoder_layers, decoder_layers). device and dtype: where and as what the backbone's tensors are kept (None: the CPU, as
+    stored); gate and head stay fp32. A directory without tokenizer files gives None. Raises InputError.
+    """
+    directory, known = find(name)
+    if split is None and known is None and not is_recast(directory):
+        print(f"{name}: no split is known for this model; 1 encoder and 1 decoder layer (--split E,D sets it)", file=sys.stderr)
+    model = load_model(directory, split or known, device, dtype)
+    return model, Tokenizer(directory) if (directory / "tokenizer.json").exists() else None
+
+
+def find(name):
+    """A preset, directory or hub id -> (local directory, the preset's split or None)."""
+    source, split = PRESETS.get(str(name), (name, None))
+    if Path(source).is_dir():
+        return Path(source), split
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise InputError(f"--model {name}: neither a directory nor one of {', '.join(PRESETS)} nor a hub id like org/name")
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"])), split
+    except Exception as error:                           # the client's own words: offline, gated, not found
+        raise InputError(f"--model {name}: {source} could not be fetched ({str(error).splitlines()[0]}); give a local directory") from None
+
+
+def is_recast(directory):
+    """Does the directory hold a LoopUS checkpoint (rather than a plain backbone)?"""
+    return read_json(Path(directory) / "config.json").get("model_type") == "lds"
+
+
+def save(model, tokenizer, directory):
+    """Write the published layout: model.safetensors (tensors in the dtype they have), config.json, the tokenizer's files.
+
+    Each file is written beside and renamed, the weights last: what was there stays whole until then. Raises InputError.
+    """
+    directory = Path(directory)
+    written = []
+
+    def place(name, write):
+        partial = directory / f".{name}.partial"
+        written.append(partial)
+        write(partial)
+        os.replace(partial, directory / name)
+
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        place("config.json", lambda path: path.write_text(json.dumps(published_config(model), indent=2) + "\n"))
+        for name, content in (tokenizer.files if tokenizer else {}).items():
+            place(name, lambda path: path.write_bytes(content))
+        state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        place("model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{directory}: could not be written ({error}); free space or choose another directory") from None
+    finally:
+        for partial in written:
+            partial.unlink(missing_ok=True)
+
+
+# ---- tokenizers ------------------------------------------------------------------------------------------------------
+
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# the same after every digit was set apart: digits never join, and spaces before one are a run that ends there
+DIGITS_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+
+
+def byte_letters():
+    """Byte-level BPE writes each byte as a printable letter: that letter -> the byte."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in shown]
+    return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
+
+
+class Tokenizer:
+    """`tokenizer.json` run by tiktoken: byte-level BPE (Qwen3, SmolLM2, Llama 3) or SentencePiece-style BPE (TinyLlama).
+
+    tiktoken gets ranks of its own, and `self.ids` maps each rank back to the file's ids: none for a byte that the vocabulary
+    lacks, several for a piece of a character that has to be spelt in bytes. `bos_id`, `eos_id`: int or None. `add_bos`: does the
+    model expect bos in front of every text? Special tokens in a text are plain text.
+    """
+
+    def __init__(self, directory):
+        directory = Path(directory)
+        self.path = directory / "tokenizer.json"
+        raw = read_json(self.path)
+        options = read_json(directory / "tokenizer_config.json") if (directory / "tokenizer_config.json").exists() else {}
+        try:
+            self._read(raw, options)
+        except InputError as error:
+            raise InputError(f"{self.path}: {error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise InputError(f"{self.path}: malformed ({type(error).__name__}: {error}); fetch it again") from None
+        self.files = {name: (directory / name).read_bytes() for name in TOKENIZER_FILES if (directory / name).exists()}
+
+    def _read(self, raw, options):
+        model = raw["model"]
+        if model.get("type", "BPE") != "BPE":
+            raise InputError(f"model type {model['type']!r} is not supported; BPE is")
+        self.vocab = dict(model["vocab"])
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        added = {token["content"]: token["id"] for token in raw.get("added_tokens") or []}
+        self.special = {id: text for text, id in added.items()}
+        self.inline = {t["content"]: t["id"] for t in raw.get("added_tokens") or [] if not t["special"]}   # found in text always
+        self.byte_fallback = bool(model.get("byte_fallback"))
+        self.nfc, self.prefix = False, None
+        pattern, ranks = (self._sentencepiece if self.byte_fallback else self._byte_level)(raw, merges)
+        self.pieces = regex.compile(pattern)
+        self.bpe = tiktoken.Encoding("loopus", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self.plain = all(len(ids) == 1 for ids in self.ids)              # rank -> id needs no splicing
+        self.lost = {bytes_[0] for bytes_, rank in ranks.items() if not self.ids[rank]}
+
+        def token(name):
+            content = options.get(name)
+            content = content["content"] if isinstance(content, dict) else content
+            return added.get(content, self.vocab.get(content)) if content else None
+        self.bos_id, self.eos_id = token("bos_token"), token("eos_token")
+        processors = (raw.get("post_processor") or {})
+        processors = processors.get("processors", [processors])
+        first = next((p["single"][0] for p in processors if p.get("type") == "TemplateProcessing"), {})
+        self.add_bos = self.bos_id is not None and options.get("add_bos_token", "SpecialToken" in first)
+
+    def _byte_level(self, raw, merges):
+        """The split pattern and tiktoken's ranks: first the 256 bytes, then what the merges make, in their order."""
+        normaliser = (raw.get("normalizer") or {"type": None})["type"]
+        if normaliser not in (None, "NFC"):
+            raise InputError(f"normalizer {normaliser!r} is not supported; NFC or none is")
+        self.nfc = normaliser == "NFC"
+        steps = raw["pre_tokenizer"]
+        steps = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
+        kinds = [step["type"] for step in steps]
+        if kinds[-1] != "ByteLevel" or steps[-1].get("add_prefix_space"):
+            raise InputError(f"pre_tokenizer {kinds} is not supported; ByteLevel without add_prefix_space is")
+        if kinds == ["Split", "ByteLevel"] and not steps[-1].get("use_regex", True) and "Regex" in steps[0]["pattern"]:
+            pattern = steps[0]["pattern"]["Regex"]
+        elif kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+            pattern = GPT2_SPLIT
+        elif kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
+            pattern = DIGITS_GPT2_SPLIT
+        else:
+            raise InputError(f"pre_tokenizer {kinds} is not supported; ByteLevel alone or after Split or Digits is")
+        letters = byte_letters()
+        spell = lambda token: bytes(letters[c] for c in token)
+        names = {b: c for c, b in letters.items()}
+        ranks = {bytes([b]): b for b in range(256)}
+        self.ids = [[self.vocab[names[b]]] if names[b] in self.vocab else [] for b in range(256)]
+        for a, b in merges:
+            if spell(a + b) not in ranks:
+                ranks[spell(a + b)] = len(ranks)
+                self.ids.append([self.vocab[a + b]])
+        self.bytes_of = {id: spell(token) for token, id in self.vocab.items() if id not in self.special}
+        return pattern, ranks
+
+    def _sentencepiece(self, raw, merges):
+        """Characters instead of bytes are the atoms, so tiktoken's ranks begin with a spelling of each character in bytes:
+        the 256 bytes, the proper prefixes of every longer character, the characters, then what the merges make."""
+        steps = raw.get("normalizer") or {"type": None}
+        steps = steps.get("normalizers", [steps])
+        pre = raw.get("pre_tokenizer")
+        if [s["type"] for s in steps] == ["Prepend", "Replace"] and pre is None:
+            self.prefix = lambda text: " " + text
+        elif steps == [{"type": None}] and pre and pre["type"] == "Metaspace" and not pre.get("split", True):
+            self.prefix = lambda text: text if text[0] in " ▁" or pre["prepend_scheme"] == "never" else " " + text
+        else:
+            raise InputError("normalizer and pre_tokenizer are not TinyLlama's (Prepend ▁, Replace; or Metaspace without split)")
+        if self.inline:
+            raise InputError(f"added token {min(self.inline)!r} that is not special: not supported here")
+        byte_ids = {b: self.vocab[f"<0x{b:02X}>"] for b in range(256)}
+        spell = lambda token: token.replace("▁", " ").encode()
+        ids = {bytes([b]): [byte_ids[b]] for b in range(256)}
+        letters = [token for token in self.vocab if len(token) == 1]
+        long = [spell(token) for token in letters if len(spell(token)) > 1]
+        for word in long:
+            ids.update((word[:n], [byte_ids[b] for b in word[:n]]) for n in range(2, len(word)))
+        ids.update((spell(token), [self.vocab[token]]) for token in letters)
+        for a, b in merges:
+            ids.setdefault(spell(a + b), [self.vocab[a + b]])
+        self.ids = list(ids.values())
+        self.bytes_of = {id: spell(token) for token, id in self.vocab.items() if id not in self.special} | {id: bytes([b]) for b, id in byte_ids.items()}
+        self.byte_ids = set(byte_ids.values())
+        return " *[^ ]+| +", {word: rank for rank, word in enumerate(ids)}   # no token has a space after its first letter
+
+    def encode(self, text, bos=False):
+        """Text -> ids; with `bos`, bos_id in front (if there is one)."""
+        ids = [self.bos_id] if bos and self.bos_id is not None else []
+        parts = re.split("(" + "|".join(map(re.escape, sorted(self.inline, key=len, reverse=True))) + ")", text) if self.inline else [text]
+        for i, part in enumerate(parts):
+            if i % 2:
+                ids.append(self.inline[part])
+            elif part:
+                ids += self._encode(part.encode("utf-8", "replace").decode())   # a lone surrogate cannot be written in UTF-8
+        return ids
+
+    def _encode(self, text):
+        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        text = self.prefix(text).replace("▁", " ") if self.prefix else text
+        if self.lost and not self.lost.isdisjoint(text.encode()):        # a byte without a token goes before its neighbours merge
+            pieces = (bytes(b for b in piece.encode() if b not in self.lost) for piece in self.pieces.findall(text))
+            ranks = [rank for piece in pieces if piece for rank in self.bpe._encode_single_piece(piece)]
+        else:
+            ranks = self.bpe.encode_ordinary(text)
+        return [id for rank in ranks for id in self.ids[rank]]
+
+    def decode(self, ids):
+        """Ids -> text; special tokens as they are written, bytes that are no text as U+FFFD."""
+        if not self.byte_fallback:
+            return b"".join(self.special[i].encode() if i in self.special else self.bytes_of.get(i, b"") for i in ids).decode("utf-8", "replace")
+        text, run = [], b""
+        for i in [*ids, None]:               # a run of byte tokens is text as a whole, or not at all
+            if i in self.byte_ids:
+                run += self.bytes_of[i]
+                continue
+            try:
+                text.append(run.decode())
+            except UnicodeDecodeError:
+                text.append("\ufffd" * len(run))
+            run = b""
+            text.append(self.special[i] if i in self.special else self.bytes_of.get(i, b"").decode())
+        return "".join(text).removeprefix(" ")
+
+
+def newest_checkpoint(root="out"):
+    """The LoopUS checkpoint last written below `root`, or None."""
+    found = [path.parent for path in Path(root).glob("**/config.json") if (path.parent / "model.safetensors").exists()]
+    return max(found, key=lambda path: (path / "model.safetensors").stat().st_mtime, default=None)
+
+
+# ---- python load_weights.py DIR --------------------------------------------------------------------------------------
+
+def main():
+    parser = argparse.ArgumentParser(description="Load a model, print what was found, continue one prompt.")
+    parser.add_argument("directory", help="a Hugging Face backbone or LoopUS checkpoint: preset, directory or hub id")
+    parser.add_argument("--split", metavar="E,D", type=parse_split)
+    parser.add_argument("--prompt", default="The capital of France is")
+    args = parser.parse_args()
+    directory, _ = find(args.directory)
+    model, tokenizer = load(args.directory, split=args.split)
+    c, count = model.config, lambda module: sum(p.numel() for p in module.parameters()) / 1e6
+    mid, end = c.encoder_layers, c.num_hidden_layers - c.decoder_layers
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    print(f"""{directory}
+  architecture  {c.model_type}, {c.num_hidden_layers} layers, {c.hidden_size} wide, {c.num_attention_heads} query / {c.num_key_value_heads} key-value heads of {c.head_dim}, context {c.max_position_embeddings}
+  kind          {'LoopUS checkpoint' if is_recast(directory) else 'plain backbone (gate and head are new, untrained)'}
+  encoder       layers 0-{mid - 1}, {count(model.encoder):.1f} M parameters with the embedding of {c.vocab_size}
+  reasoning     layers {mid}-{end - 1}, {count(model.reasoning.layers):.1f} M, run up to {c.loops} times; gate {count(model.reasoning.gate):.2f} M, head {count(model.q_head) * 1e3:.1f} k
+  decoder       layers {end}-{c.num_hidden_layers - 1}, {count(model.decoder):.1f} M with the output head
+  stored as     {str(model.decoder.norm.weight.dtype).removeprefix('torch.')}, {size / 1e9:.2f} GB in memory
+  tokenizer     {'none' if tokenizer is None else f"{len(tokenizer.vocab)} tokens, {'SentencePiece-style' if tokenizer.byte_fallback else 'byte-level'} BPE, bos {tokenizer.bos_id}{' (added)' if tokenizer.add_bos else ''}, eos {tokenizer.eos_id}"}""")
+    if tokenizer is None:
+        return
+    ids = torch.tensor([tokenizer.encode(args.prompt, bos=tokenizer.add_bos)])
+    with torch.inference_mode():
+        for _ in range(12):
+            ids = torch.cat((ids, model.forward_pretrained(ids)[:, -1:].argmax(-1)), dim=1)
+    print(f"  continued     {tokenizer.decode(ids[0, tokenizer.add_bos:].tolist())!r}" + (" (backbone, one ungated pass)" if not is_recast(directory) else ""))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,269 @@
+"""Random deep supervision: train a recast model (paper section 3.2, Fig. 10).
+
+    python train.py --model DIR --data text.jsonl
+
+`training_step` is the method. The rest is an ordinary training loop: batches, AdamW on fp32 masters, warm-up and one cosine, evaluation.
+"""
+import argparse
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+from load_weights import ADDED, add_model_flags, load, number, pick_device, pick_dtype, run, save
+from loopus import InputError, wide
+
+BUDGETS = (1, 2, 4, 8)                        # loops at which the held-out loss is taken
+
+
+# ---- the method ------------------------------------------------------------------------------------------------------
+
+def next_token_loss(model, h, ids):
+    """L_LM of every sequence (N,), in nats a token, and the share (N,) of its next tokens that argmax D(h) gets right (eq. 11, 13)."""
+    N, T = ids.shape
+    logits = model.decode(h)                                                         # (N, T, V)
+    targets = torch.cat((ids[:, 1:], torch.full_like(ids[:, :1], -100)), dim=1)      # the last token has no next one
+    loss = F.cross_entropy(wide(logits).flatten(0, 1), targets.flatten(), reduction="none").view(N, T).sum(1) / (T - 1)
+    return loss, (logits.argmax(-1) == targets).sum(1) / (T - 1)
+
+
+def training_step(model, ids, loops, supervised, scale=1.0):
+    """Run up to `loops` loops on ids (N, T); at each index in `supervised` add the gradient of that one loop's losses to .grad.
+
+    In all: scale / len(supervised) times the sum over supervised loops of the batch mean of L_LM + L_mono + L_Q, each taken
+    per sequence (eq. 10-13). No gradient crosses a loop or reaches the encoder. Returns a record of floats per supervised loop.
+    """
+    if not supervised or not set(supervised) <= set(range(loops)):
+        raise InputError(f"supervised loops {sorted(supervised)}: expected some of 0 to {loops - 1}")
+    with torch.no_grad():
+        h = model.encode(ids)                                                        # h⁰, eq. 1: never trained
+    records, before = [], None
+    for b in range(max(supervised) + 1):                                             # what comes after the last supervised loop changes nothing
+        if b not in supervised:
+            with torch.no_grad():
+                h, _ = model.loop(h)                                                 # hᵇ⁺¹, eq. 2-5
+            before = None
+            continue
+        if before is None:                                                           # else known: the loop before was supervised too
+            with torch.no_grad():
+                before, _ = next_token_loss(model, h, ids)                           # the loss that this loop starts from
+        h, q_logit = model.loop(h)                                                   # the one loop with gradient
+        lm, share = next_token_loss(model, h, ids)                                   # eq. 11
+        mono = F.silu(lm - before)                                                   # eq. 12
+        q = F.binary_cross_entropy_with_logits(q_logit, share.to(q_logit.dtype), reduction="none")   # eq. 13
+        ((lm + mono + q).mean() * (scale / len(supervised))).backward()              # eq. 10
+        h, before = h.detach(), lm.detach()
+        records.append({"loop": b, "lm": lm.mean().item(), "mono": mono.mean().item(), "q": q.mean().item()})
+    return records
+
+
+def control_step(model, ids, scale=1.0):
+    """The control: the same layers trained plainly, as one pass of the backbone, on the same tokens."""
+    with torch.no_grad():
+        h = model.encode(ids)
+    loss = plain_loss(model, h, ids)
+    (loss * scale).backward()
+    return [{"loop": 0, "lm": loss.item(), "mono": 0.0, "q": 0.0}]
+
+
+def plain_loss(model, h, ids):
+    """Mean L_LM of the backbone as one ungated pass, from h⁰."""
+    return next_token_loss(model, model.pretrained_loop(h), ids)[0].mean()
+
+
+@torch.no_grad()
+def evaluate(model, rows, batch_size, plain):
+    """Held-out loss of the rows (N, T): `plain`, the backbone's one ungated pass; else at each of BUDGETS."""
+    sums = dict.fromkeys(["plain"] if plain else map(str, BUDGETS), 0.0)
+    for ids in rows.split(batch_size):
+        h = model.encode(ids)
+        if plain:
+            sums["plain"] += plain_loss(model, h, ids).item() * len(ids)
+            continue
+        for b in range(1, max(BUDGETS) + 1):
+            h, _ = model.loop(h)
+            if b in BUDGETS:
+                sums[str(b)] += next_token_loss(model, h, ids)[0].sum().item()
+    return {name: total / len(rows) for name, total in sums.items()}
+
+
+# ---- the training loop -----------------------------------------------------------------------------------------------
+
+def fp32_masters(model, dtype):
+    """Freeze E, put the backbone into `dtype`, and return [(parameter, fp32 master)] of all that is trained.
+
+    The optimizer sees masters only: a step of 5e-5 is lost on most bf16 weights. Where a parameter is fp32 it is its own master;
+    else its gradient moves to the master as soon as a backward pass has made it, so that K losses add up in fp32.
+    """
+    pairs = []
+    for name, p in model.named_parameters():
+        if name.startswith("encoder."):
+            p.requires_grad_(False)
+            p.data = p.data.to(dtype)
+        elif dtype == torch.float32 or name.startswith(ADDED):
+            p.data = p.data.float()
+            pairs.append((p, p))
+        else:
+            master = nn.Parameter(p.detach().float())
+            p.data = p.data.to(dtype)
+
+            def move_gradient(p, master=master):
+                master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+                p.grad = None
+            p.register_post_accumulate_grad_hook(move_gradient)
+            pairs.append((p, master))
+    return pairs
+
+
+def learning_rate(step, steps, peak, warmup):
+    """Linear warm-up (at most a tenth of the steps), then one cosine to zero; step from 0."""
+    warmup = min(warmup, steps // 10)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def save_checkpoint(model, tokenizer, out, step, keep):
+    """out/step-000123 in the published layout, written beside and renamed; older ones beyond the newest `keep` go."""
+    target, partial = out / f"step-{step:06d}", out / f".step-{step:06d}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        save(model, tokenizer, partial)
+        os.replace(partial, target)
+        for old in sorted(out.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Recast a pretrained model and train it with random deep supervision.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_model_flags(parser, "preset, directory or hub id of a backbone, or a LoopUS checkpoint to go on from")
+    parser.add_argument("--data", help="training text: .txt, .jsonl, .jsonl.gz, .jsonl.xz or .parquet")
+    parser.add_argument("--eval-data", help="held-out text (default: the first documents of --data, which are then not trained on)")
+    parser.add_argument("--eval-sequences", type=number(int, 1), default=16, help="held-out sequences")
+    parser.add_argument("--out", type=Path, help="folder of log and checkpoints (default: out/<model>)")
+    # the recipe; the paper's: 3B tokens, about 26 sequences of 1024 a step
+    parser.add_argument("--steps", type=number(int, 1), default=1000, help="optimizer steps")
+    parser.add_argument("--batch-size", type=number(int, 1), default=2, help="sequences of one training_step")
+    parser.add_argument("--accumulate", type=number(int, 1), default=13, help="training_steps an optimizer step")
+    parser.add_argument("--seq-len", type=number(int, 2), default=1024, help="tokens of a sequence")
+    parser.add_argument("--lr", type=number(float, 0), default=5e-5, help="peak learning rate")
+    parser.add_argument("--warmup", type=number(int, 0), default=300, help="warm-up steps, at most a tenth of --steps")
+    parser.add_argument("--clip", type=number(float, 0), default=1.0, help="largest norm of the gradient")
+    parser.add_argument("--loops", type=number(int, 1), default=20, help="B, loops of a training step")
+    parser.add_argument("--supervised", type=number(int, 1), default=5, help="K, how many of them are supervised")
+    parser.add_argument("--gate-init", choices=["paper", "open"], default="paper", help="of a fresh recast's gate")
+    parser.add_argument("--control", action="store_true", help="train the backbone plainly instead, on the same tokens")
+    parser.add_argument("--eval-every", type=number(int, 1), default=100, help="steps between evaluations, each with a checkpoint")
+    parser.add_argument("--keep", type=number(int, 1), default=2, help="newest checkpoints kept")
+    args = parser.parse_args()
+    if args.supervised > args.loops:
+        parser.error(f"--supervised {args.supervised}: more than --loops {args.loops}")
+    for flag in ("model", "data"):
+        if getattr(args, flag) is None:
+            parser.error(f"--{flag} is needed: a {'backbone directory' if flag == 'model' else 'text file'}")
+    args.out = args.out or Path("out") / Path(args.model).name
+    return args
+
+
+def main():
+    args = parse_args()
+    if any(args.out.glob("step-*")) or (args.out / "log.jsonl").exists():
+        raise InputError(f"--out {args.out}: holds a run already; choose another folder or move it away")
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    torch.manual_seed(args.seed)
+    choice = random.Random(args.seed)
+    model, tokenizer = load(args.model, split=args.split, device=device)
+    if tokenizer is None:
+        raise InputError(f"--model {args.model}: no tokenizer.json beside it, which text needs")
+    fresh = not model.config.recast
+    if args.seq_len > model.config.max_position_embeddings:
+        raise InputError(f"--seq-len {args.seq_len}: the model's context is {model.config.max_position_embeddings}")
+    if fresh:
+        model.reasoning.gate.reset_parameters(args.gate_init)
+    model.config.loops = args.loops
+    pairs = fp32_masters(model, dtype)
+    masters = [master for _, master in pairs]
+    optimizer = torch.optim.AdamW(masters, lr=args.lr, weight_decay=0.0, fused=device.type in ("cuda", "cpu"))
+
+    texts, skip = data.documents(args.eval_data or args.data), 0
+    if not args.eval_data:                    # the held-out documents are the first of --data; count them
+        counter = itertools.count()
+        texts = (text for text in texts if next(counter) >= 0)
+    rows = data.held_out(texts, tokenizer, args.seq_len, args.eval_sequences).to(device)
+    if not args.eval_data:
+        skip = next(counter)
+    stream = data.batches(args.data, tokenizer, args.batch_size, args.seq_len, args.seed, skip)
+    batch = next(stream)                      # data that cannot be read is found before anything is written
+
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        log = open(args.out / "log.jsonl", "x", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--out {args.out}: not writable ({error})") from None
+
+    def note(record):
+        log.write(json.dumps(record) + "\n")
+        log.flush()
+
+    def hold(step):
+        """Evaluate, log, show."""
+        found = evaluate(model, rows, args.batch_size, plain=args.control)
+        record = {"pretrained": pretrained, **({"control": found["plain"]} if args.control else found)}
+        note({"step": step, "eval": record})
+        print("      held-out loss  " + "  ".join(f"{'budget ' * name.isdigit()}{name} {loss:.3f}" for name, loss in record.items()), flush=True)
+
+    trained, frozen = (sum(p.numel() for p in ps) / 1e6 for ps in (masters, model.encoder.parameters()))
+    print(f"{args.model} on {device}: {trained:.1f} M parameters trained, {frozen:.1f} M frozen (embedding and encoder); {str(dtype).removeprefix('torch.')} "
+          f"computation, fp32 masters; {args.steps} steps of {args.batch_size * args.accumulate * args.seq_len} tokens")
+    pretrained = evaluate(model, rows, args.batch_size, plain=True)["plain"]
+    hold(0)
+    print("  step    loss      lm    mono       q      norm        lr   tokens  tok/s      ETA")
+    tokens, started, spent = 0, time.perf_counter(), 0.0
+    for step in range(args.steps):
+        before = time.perf_counter()
+        lr = learning_rate(step, args.steps, args.lr, args.warmup)
+        optimizer.param_groups[0]["lr"] = lr
+        records = []
+        for _ in range(args.accumulate):
+            ids, batch = batch.to(device), next(stream)
+            if args.control:
+                records += control_step(model, ids, 1 / args.accumulate)
+            else:
+                records += training_step(model, ids, args.loops, set(choice.sample(range(args.loops), args.supervised)), 1 / args.accumulate)
+            tokens += ids.numel()
+        norm = nn.utils.clip_grad_norm_(masters, args.clip).item()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for p, master in pairs:
+                if p is not master:
+                    p.copy_(master)
+        spent += time.perf_counter() - before
+        mean = {name: sum(r[name] for r in records) / len(records) for name in ("lm", "mono", "q")}
+        loss, speed = sum(mean.values()), tokens / spent
+        eta = (args.steps - step - 1) * spent / (step + 1)
+        note({"step": step + 1, "tokens": tokens, "lr": lr, "loss": loss, **mean, "norm": norm, "tokens_per_s": speed})
+        print(f"{step + 1:6d} {loss:7.3f} {mean['lm']:7.3f} {mean['mono']:7.3f} {mean['q']:7.3f} {norm:9.2f} {lr:9.2e} {tokens:8d} {speed:6.0f} "
+              f"{int(eta) // 3600:2d}:{int(eta) // 60 % 60:02d}:{int(eta) % 60:02d}", flush=True)
+        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
+            hold(step + 1)
+            print(f"      saved {save_checkpoint(model, tokenizer, args.out, step + 1, args.keep)}", flush=True)
+    print(f"{tokens} tokens in {time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    run(main)
