@@ -257,7 +257,7 @@ def load_model(directory, split=None, device=None, dtype=None):
             module.to_empty(device=device or "cpu")
         for module in (model.reasoning.gate, *model.q_head):
             module.reset_parameters()
-        config.base_model = directory.name
+        config.base_model = str(directory)
     return model.eval()
 
 
@@ -271,6 +271,8 @@ def load(name, *, split=None, device=None, dtype=None):
     if split is None and known is None and not is_recast(directory):
         print(f"{name}: no split is known for this model; 1 encoder and 1 decoder layer (--split E,D sets it)", file=sys.stderr)
     model = load_model(directory, split or known, device, dtype)
+    if not model.config.recast and not Path(name).is_dir():
+        model.config.base_model = PRESETS.get(name, (name,))[0]      # the hub's name, not this machine's cache
     return model, Tokenizer(directory) if (directory / "tokenizer.json").exists() else None
 
 

@@ -1,0 +1,122 @@
+"""Text out, with the loops each token used.
+
+    python sample.py --model DIR --budget 8 --prompt "The capital of France is"
+"""
+import argparse
+import sys
+import time
+from collections import Counter
+
+import torch
+
+from load_weights import add_model_flags, find, load, newest_checkpoint, number, pick_device, pick_dtype, run
+from loopus import HALTS, InputError
+
+SHADES = ((231, 16), (195, 16), (153, 16), (111, 16), (69, 231), (27, 231), (20, 231), (17, 231))   # background, text: light is few loops
+
+
+def shade(text, loops, budget):
+    """`text` on a background that darkens with the loops it took, as terminal escape codes; line ends stay outside."""
+    back, front = SHADES[round((loops - 1) / max(budget - 1, 1) * (len(SHADES) - 1))]
+    return "\n".join(f"\x1b[48;5;{back}m\x1b[38;5;{front}m{line}\x1b[0m" if line else "" for line in text.split("\n"))
+
+
+def stream(model, tokenizer, prompt, args, colour, **options):
+    """Print a continuation as it comes; -> [(loops, confidence)] of its tokens and the seconds of prompt and of the rest."""
+    ids, given = list(prompt), len(tokenizer.decode(prompt))
+    made, seconds, clock = [], [], time.perf_counter()
+    try:
+        for step in model.generate(torch.tensor([prompt], device=model.decoder.norm.weight.device), args.max_new_tokens, temperature=args.temperature,
+                                   top_k=args.top_k, top_p=args.top_p, seed=args.seed, eos_id=tokenizer.eos_id, **options):
+            now = time.perf_counter()
+            seconds.append(now - clock)
+            clock = now
+            loops, token = step.loops.item(), step.tokens.item()
+            made.append((loops, step.confidence.item()))
+            if token == tokenizer.eos_id:
+                break
+            ids.append(token)
+            text = tokenizer.decode(ids)
+            if not text.endswith("\ufffd"):              # else a character whose other bytes are still to come
+                print(shade(text[given:], loops, options["budget"]) if colour else text[given:], end="", flush=True)
+                given = len(text)
+        print(tokenizer.decode(ids)[given:])
+    except KeyboardInterrupt:                            # what was generated stands
+        print()
+    return made, seconds
+
+
+def summary(made, seconds, budget):
+    """Mean loops, a histogram of them, and the speed."""
+    if not made:
+        return "no token was generated"
+    loops, rest = [n for n, _ in made], seconds[1:]
+    counts = Counter(loops)
+    speed = f"{len(rest) / sum(rest):.1f} tokens/s after" if rest else "one token,"
+    lines = [f"{len(loops)} tokens, mean {sum(loops) / len(loops):.2f} of {budget} loops, {speed} a prompt pass of {seconds[0]:.2f} s, mean confidence {sum(q for _, q in made) / len(made):.2f}"]
+    lines += [f"{n:5d} loop{' ' if n == 1 else 's'} {counts[n]:5d} {'█' * -(-40 * counts[n] // max(counts.values()))}" for n in sorted(counts)]
+    return "\n".join(lines)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Continue a prompt with a looped model, and show how many loops each token took.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_model_flags(parser, "preset, directory or hub id (default: the newest checkpoint below out/)")
+    parser.add_argument("--prompt", default="The capital of France is")
+    parser.add_argument("--budget", type=number(int, 1), default=8, help="most loops a token may take")
+    parser.add_argument("--threshold", type=number(float, 0), help="of the stopping rule: q or 1 - Π(1 - q), a distance, or nats (default: the checkpoint's for confidence and cdf, 10 for convergence, 0.01 for kl)")
+    parser.add_argument("--halt", choices=HALTS, default="confidence", help="stopping rule; none: always the whole budget")
+    parser.add_argument("--kv", choices=["latest", "shared"], default="latest", help="keys and values: one set per loop, or one for all")
+    parser.add_argument("--max-new-tokens", type=number(int, 1), default=64)
+    parser.add_argument("--temperature", type=number(float, 0), default=0.8, help="0: always the most likely token")
+    parser.add_argument("--top-k", type=number(int, 1))
+    parser.add_argument("--top-p", type=number(float, 0, 1))
+    parser.add_argument("--compare", nargs="?", const="", metavar="BASE", help="also the pretrained model's continuation (default: the backbone that the checkpoint names)")
+    args = parser.parse_args()
+    if args.threshold is not None and args.halt in ("confidence", "cdf") and args.threshold > 1:
+        parser.error(f"--threshold {args.threshold}: expected 0 to 1 with --halt {args.halt}")
+    if args.top_p == 0:
+        parser.error("--top-p 0: expected more than 0, at most 1")
+    return args
+
+
+def main():
+    args = parse_args()
+    args.model = args.model or newest_checkpoint()
+    if args.model is None:
+        raise InputError("--model: no checkpoint below out/ to take; name a directory, or train one first (python train.py)")
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    torch.manual_seed(args.seed)
+    model, tokenizer = load(str(args.model), split=args.split, device=device, dtype=dtype)
+    if tokenizer is None:
+        raise InputError(f"--model {args.model}: no tokenizer.json in it, which text needs")
+    if not model.config.recast:
+        print(f"warning: {args.model} is a plain backbone; its gate and head are untrained, so expect no sense from it", file=sys.stderr)
+    prompt = tokenizer.encode(args.prompt, bos=tokenizer.add_bos)
+    if not prompt:
+        raise InputError("--prompt: empty, and this tokenizer puts no token in front of a text; give at least one character")
+    if len(prompt) + args.max_new_tokens > (context := model.config.max_position_embeddings):
+        raise InputError(f"--prompt of {len(prompt)} tokens and --max-new-tokens {args.max_new_tokens}: the model's context is {context}; shorten one of them")
+    default = {"confidence": model.config.exit_threshold, "cdf": model.config.exit_threshold, "convergence": 10.0}.get(args.halt, 0.01)
+    colour = sys.stdout.isatty()
+    if colour:
+        print(" ".join(shade(f" {n} ", n, args.budget) for n in range(1, args.budget + 1)), "loops\n")
+    print(args.prompt, end="", flush=True)
+    made, seconds = stream(model, tokenizer, prompt, args, colour, budget=args.budget, halt=args.halt, kv=args.kv,
+                           exit_threshold=default if args.threshold is None else args.threshold)
+    print("\n" + summary(made, seconds, args.budget))
+    if args.compare is not None:
+        source = args.compare or model.config.base_model
+        try:
+            find(source)
+        except InputError:
+            raise InputError(f"--compare: the backbone {source!r} that the checkpoint names is not here; name its directory: --compare DIR") from None
+        base, _ = load(source, split=(model.config.encoder_layers, model.config.decoder_layers), device=device, dtype=dtype)
+        base.reasoning.gate.A_log.data.fill_(-torch.inf)     # α = 1: one loop is the pretrained model exactly
+        print(f"\npretrained ({source}):\n{args.prompt}", end="", flush=True)
+        stream(base, tokenizer, prompt, args, False, budget=1, halt="none")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,196 @@
+"""training_step against straight-line computations, and the command as a user runs it."""
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import train
+from conftest import script, small
+from loopus import InputError
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def straight_line(model, ids, loops, supervised):
+    """Eq. 10-13 written out with autograd: every loop run, every sequence by itself, nothing shared or reused."""
+    total = 0
+    for row in ids:
+        h = model.encode(row[None]).detach()
+        for b in range(loops):
+            before = F.cross_entropy(model.decode(h)[0, :-1], row[1:]).detach()
+            h, q = model.loop(h)
+            if b in supervised:
+                logits = model.decode(h)[0, :-1]
+                lm = F.cross_entropy(logits, row[1:])
+                hits = (logits.argmax(-1) == row[1:]).double().mean()
+                step = lm - before
+                total = total + lm + step * torch.sigmoid(step) - (hits * torch.sigmoid(q[0]).log() + (1 - hits) * torch.sigmoid(-q[0]).log())
+            h = h.detach()
+    return total / len(ids) / len(supervised)
+
+
+@pytest.mark.parametrize("supervised", [{0}, {1, 2}, {0, 3}, {0, 1, 2, 3}])
+def test_gradients_equal_the_straight_line(supervised):
+    model, ids = small(2), torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(5))
+    loss = straight_line(model, ids, 4, supervised)
+    trained = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
+    expected = torch.autograd.grad(loss, trained)
+    records = train.training_step(model, ids, 4, supervised, scale=0.5)
+    for p, g in zip(trained, expected):
+        torch.testing.assert_close(p.grad, 0.5 * g, rtol=1e-9, atol=1e-12)
+    assert all(p.grad is None for p in model.encoder.parameters())
+    assert [r["loop"] for r in records] == sorted(supervised)
+    assert sum(r["lm"] + r["mono"] + r["q"] for r in records) / len(records) == pytest.approx(loss.item())
+
+
+def test_gradients_equal_finite_differences():
+    model, ids = small(4), torch.randint(0, 50, (2, 6), generator=torch.Generator().manual_seed(6))
+    train.training_step(model, ids, 1, {0})
+    with torch.no_grad():
+        base = train.next_token_loss(model, model.encode(ids), ids)[0]
+    def loss():
+        with torch.no_grad():
+            h, q = model.loop(model.encode(ids))
+            lm, share = train.next_token_loss(model, h, ids)
+            return (lm + F.silu(lm - base) + F.binary_cross_entropy_with_logits(q, share.double(), reduction="none")).mean().item()
+    generator = torch.Generator().manual_seed(0)
+    for name, p in model.named_parameters():
+        if name.startswith("encoder."):
+            continue
+        i = torch.randint(p.numel(), (), generator=generator).item()
+        flat, eps = p.data.view(-1), 1e-5     # `base` carries no gradient: it stays what it was at the unmoved weights
+        flat[i] += eps
+        up = loss()
+        flat[i] -= 2 * eps
+        down = loss()
+        flat[i] += eps
+        assert p.grad.view(-1)[i].item() == pytest.approx((up - down) / (2 * eps), rel=1e-4, abs=1e-7), name
+
+
+def test_accumulation_two_times_one_equals_one_times_two():
+    ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(5))
+    whole, halves = small(2), small(2)
+    train.training_step(whole, ids, 4, {0, 2})
+    for row in ids:
+        train.training_step(halves, row[None], 4, {0, 2}, scale=0.5)
+    for name, g in gradients(whole).items():
+        torch.testing.assert_close(gradients(halves)[name], g, rtol=1e-9, atol=1e-12)
+
+
+def test_gradient_never_crosses_a_loop():
+    """Two supervised loops give the sum of what each gives alone: nothing flows from the second through the first."""
+    ids = torch.randint(0, 50, (1, 9), generator=torch.Generator().manual_seed(5))
+    a, b, both = small(2), small(2), small(2)
+    train.training_step(a, ids, 2, {0})
+    train.training_step(b, ids, 2, {1})
+    train.training_step(both, ids, 2, {0, 1})
+    for name, g in gradients(both).items():
+        torch.testing.assert_close(g, (gradients(a)[name] + gradients(b)[name]) / 2, rtol=1e-9, atol=1e-12)
+
+
+def test_supervised_loops_out_of_range():
+    for supervised in (set(), {4}, {-1}):
+        with pytest.raises(InputError, match="supervised"):
+            train.training_step(small(), torch.ones(1, 4).long(), 4, supervised)
+
+
+def test_fp32_masters_collect_the_gradients_of_a_bf16_model():
+    exact, model = small(2, dtype=torch.float32), small(2, dtype=torch.float32)
+    ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(5))
+    pairs = train.fp32_masters(model, torch.bfloat16)
+    train.training_step(exact, ids, 4, {0, 2})
+    train.training_step(model, ids, 4, {0, 2})
+    names = [name for name, _ in exact.named_parameters() if not name.startswith("encoder.")]
+    assert len(names) == len(pairs)
+    for name, (p, master) in zip(names, pairs):
+        assert master.dtype == torch.float32 and master.grad.dtype == torch.float32
+        assert (p is master) == name.startswith(("reasoning.gate", "q_head")) and (p is master or p.dtype == torch.bfloat16)
+        wanted = dict(exact.named_parameters())[name].grad
+        assert (master.grad - wanted).norm() < 0.1 * wanted.norm() + 1e-6, name
+    assert not any(p.requires_grad for p in model.encoder.parameters())
+
+
+def test_learning_rate_warms_up_and_follows_one_cosine():
+    rates = [train.learning_rate(step, 1000, 2.0, 300) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.02) and rates[99] == 2.0 and rates[100] == 2.0     # 300 is cut to a tenth of the steps
+    assert rates[550] == pytest.approx(1.0) and rates[999] == pytest.approx(0, abs=1e-5)
+    assert rates[:100] == sorted(rates[:100]) and rates[100:] == sorted(rates[100:], reverse=True)
+    assert train.learning_rate(0, 1, 2.0, 300) == 2.0 and train.learning_rate(0, 100, 2.0, 0) == 2.0
+
+
+RECIPE = ["--steps", 4, "--batch-size", 2, "--accumulate", 2, "--seq-len", 32, "--lr", "1e-3", "--loops", 4, "--supervised", 2, "--eval-every", 2, "--eval-sequences", 3]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, backbone, corpus):
+    out = tmp_path_factory.mktemp("run")
+    done = [script("train.py", "--model", backbone, "--data", corpus, "--out", out / name, *RECIPE, "--dtype", dtype)
+            for name, dtype in (("a", "float32"), ("b", "float32"), ("half", "bfloat16"))]
+    assert [d.returncode for d in done] == [0, 0, 0], done[0].stderr + done[2].stderr
+    return out, done[0].stdout
+
+
+def test_two_seeded_runs_are_equal(trained):
+    out, _ = trained
+    a, b = (load_file(out / name / "step-000004" / "model.safetensors") for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    strip = lambda name: [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"} for line in (out / name / "log.jsonl").read_text().splitlines()]
+    assert strip("a") == strip("b")
+
+
+def test_a_run_trains_what_it_should_and_logs_it(trained, backbone):
+    out, stdout = trained
+    records = [json.loads(line) for line in (out / "a" / "log.jsonl").read_text().splitlines()]
+    steps, evals = [r for r in records if "loss" in r], [r for r in records if "eval" in r]
+    assert [r["step"] for r in steps] == [1, 2, 3, 4] and [r["tokens"] for r in steps] == [128, 256, 384, 512]
+    assert all(set(r) >= {"lr", "loss", "lm", "mono", "q", "tokens_per_s"} and math.isfinite(r["loss"]) for r in steps)
+    assert all(r["loss"] == pytest.approx(r["lm"] + r["mono"] + r["q"]) for r in steps)
+    assert [r["step"] for r in evals] == [0, 2, 4] and set(evals[0]["eval"]) == {"pretrained", "1", "2", "4", "8"}
+    assert len({r["eval"]["pretrained"] for r in evals}) == 1 and evals[-1]["eval"]["8"] < evals[0]["eval"]["8"]
+    base, now = load_file(backbone / "model.safetensors"), load_file(out / "a" / "step-000004" / "model.safetensors")
+    assert torch.equal(base["model.embed_tokens.weight"], now["encoder.embed_tokens.weight"])
+    assert torch.equal(base["model.layers.0.mlp.up_proj.weight"], now["encoder.layers.0.mlp.up_proj.weight"])
+    assert not torch.equal(base["model.layers.1.mlp.up_proj.weight"], now["reasoning.layers.0.mlp.up_proj.weight"])
+    assert not torch.equal(base["model.layers.3.mlp.up_proj.weight"], now["decoder.layers.0.mlp.up_proj.weight"])
+    assert "ETA" in stdout and "frozen" in stdout and (out / "a" / "step-000002").exists()
+    half = load_file(out / "half" / "step-000004" / "model.safetensors")
+    assert half["reasoning.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16 and half["reasoning.gate.A_log"].dtype == torch.float32
+
+
+def test_the_logged_pretrained_loss_from_the_text_itself(trained, backbone, corpus):
+    """Encode, pack, shift and take the cross-entropy by hand: the first three sequences, document after document."""
+    from load_weights import load
+    model, tokenizer = load(backbone)
+    ids = []
+    for line in corpus.read_text(encoding="utf-8").splitlines():
+        ids += tokenizer.encode(json.loads(line)["text"]) + [tokenizer.eos_id]
+    rows = torch.tensor(ids[:96]).view(3, 32)
+    with torch.no_grad():
+        loss = F.cross_entropy(model.forward_pretrained(rows)[:, :-1].flatten(0, 1), rows[:, 1:].flatten()).item()
+    logged = json.loads((trained[0] / "a" / "log.jsonl").read_text().splitlines()[0])["eval"]["pretrained"]
+    assert logged == pytest.approx(loss, rel=1e-5)
+
+
+def test_training_goes_on_from_a_checkpoint_and_control_trains_plainly(trained, corpus, tmp_path):
+    out, _ = trained
+    more = script("train.py", "--model", out / "a" / "step-000004", "--data", corpus, "--out", tmp_path / "more", *RECIPE)
+    assert more.returncode == 0, more.stderr
+    control = script("train.py", "--model", out / "a" / "step-000004", "--data", corpus, "--out", tmp_path / "control", "--control", *RECIPE)
+    assert control.returncode == 0, control.stderr
+    evals = [json.loads(line)["eval"] for line in (tmp_path / "control" / "log.jsonl").read_text().splitlines() if "eval" in line]
+    assert evals[0]["control"] == evals[0]["pretrained"] and evals[-1]["control"] < evals[0]["control"]
+    before, after = (load_file(d / "step-000004" / "model.safetensors") for d in (out / "a", tmp_path / "control"))
+    assert torch.equal(before["reasoning.gate.A_log"], after["reasoning.gate.A_log"])
+    assert not torch.equal(before["decoder.lm_head.weight"], after["decoder.lm_head.weight"])
+
+
+def test_a_run_is_never_overwritten(trained, backbone, corpus):
+    out, _ = trained
+    before = (out / "a" / "log.jsonl").read_bytes()
+    again = script("train.py", "--model", backbone, "--data", corpus, "--out", out / "a", *RECIPE)
+    assert again.returncode == 2 and "holds a run already" in again.stderr and (out / "a" / "log.jsonl").read_bytes() == before

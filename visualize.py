@@ -1,0 +1,260 @@
+"""The paper's figures, for any model: PNG files that a black-and-white print and a colour-blind eye can read.
+
+    python visualize.py --model DIR
+
+trajectories.png  Fig. 7: per prompt the PCA of h⁰ … hᴮ of the last token, the gate's α, the distances between successive states
+profile.png       Fig. 1: what each pretrained layer does to the state, with the split in use and the split that the rule proposes
+budget.png        held-out loss by number of loops     } from --data, or from the log.jsonl of the model's training run
+training.png      losses and held-out loss by step     }
+"""
+import argparse
+import json
+import os
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")                         # files only, no window
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.ticker import MaxNLocator
+
+import data
+from load_weights import add_model_flags, load, newest_checkpoint, number, pick_device, pick_dtype, run
+from loopus import InputError
+from train import next_token_loss
+
+PROMPTS = ("32 * 64 =", "82 *64 + 21 =", "404 Not Found in the system 404 The new era", "What is the capital of South Korea? S")   # the paper's
+LINES = (("#0072B2", "-", "o"), ("#D55E00", "--", "s"), ("#009E73", "-.", "^"), ("#CC79A7", ":", "D"), ("#000000", (0, (5, 1)), "v"))   # Okabe and Ito's colours
+plt.rcParams.update({"figure.dpi": 130, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9, "legend.frameon": False})
+
+
+def pca(states):
+    """States (P, D) -> their first two principal components (P, 2) and each one's share of the variance."""
+    centred = states.double() - states.double().mean(0)
+    u, s, _ = torch.linalg.svd(centred, full_matrices=False)
+    share = s.square() / s.square().sum().clamp(min=1e-300)
+    return (u * s)[:, :2], share[:2].tolist()
+
+
+def draw_pca(ax, states, name):
+    """A path through successive states, coloured by index, arrows between them, start and end marked."""
+    points, share = pca(states)
+    x, y = points[:, 0], points[:, -1]
+    dots = ax.scatter(x, y, c=range(len(x)), cmap="viridis", s=26, zorder=3)
+    for i in range(len(x) - 1):
+        ax.annotate("", (x[i + 1], y[i + 1]), (x[i], y[i]), arrowprops={"arrowstyle": "->", "color": "0.5", "lw": 0.8})
+    ax.scatter(x[:1], y[:1], marker="s", s=90, facecolors="none", edgecolors="k", label="start", zorder=4)
+    ax.scatter(x[-1:], y[-1:], marker="*", s=170, facecolors="none", edgecolors="k", label="end", zorder=4)
+    ax.set(xlabel=f"PC 1 ({share[0]:.1%} of variance)", ylabel=f"PC 2 ({share[1]:.1%})")
+    ax.legend(fontsize=8)
+    ax.margins(0.12)
+    ax.figure.colorbar(dots, ax=ax, label=name, ticks=MaxNLocator(integer=True))
+
+
+def distances(states):
+    """1 - cos and Euclidean distance of successive states: (P, …, D) -> two (P - 1, …)."""
+    a, b = states[:-1].double(), states[1:].double()
+    return 1 - torch.cosine_similarity(a, b, dim=-1), (b - a).norm(dim=-1)
+
+
+@torch.inference_mode()
+def follow(model, ids, loops):
+    """h⁰ … hᴮ of the last token (B + 1, D) and α at every loop (B, D), for ids (1, T)."""
+    alphas = []
+    hook = model.reasoning.gate.register_forward_hook(lambda gate, inputs, alpha: alphas.append(alpha[0, -1].float()))
+    h = model.encode(ids)
+    states = [h[0, -1].float()]
+    for _ in range(loops):
+        h, _ = model.loop(h)
+        states.append(h[0, -1].float())
+    hook.remove()
+    return torch.stack(states).cpu(), torch.stack(alphas).cpu()
+
+
+def trajectories(model, prompts, loops, path):
+    """Fig. 7; prompts: [(text, ids (1, T))]."""
+    fig, axes = plt.subplots(len(prompts), 3, figsize=(13, 3.6 * len(prompts)), squeeze=False, layout="constrained")
+    for (left, middle, right), (text, ids) in zip(axes, prompts):
+        states, alphas = follow(model, ids, loops)
+        draw_pca(left, states, "loop")
+        left.set_title(text if len(text) < 50 else text[:49] + "…", parse_math=False)
+        at, mean, std = range(1, loops + 1), alphas.mean(1), alphas.std(1)
+        middle.plot(at, mean, color="#0072B2", marker="o", ms=3)
+        middle.fill_between(at, mean - std, mean + std, color="#0072B2", alpha=0.2)
+        middle.set(title="gate α over channels (mean ± std)", xlabel="loop", ylabel="α: share of the new proposal", ylim=(-0.05, 1.05))
+        cosine, euclid = distances(states)
+        one, = right.plot(at, cosine, color="#0072B2", marker="o", ms=3, label="cosine distance (left)")
+        right.set(title="distance of successive states", xlabel="loop", ylabel="1 - cos")
+        log = right.twinx()
+        two, = log.plot(at, euclid, color="#D55E00", ls="--", marker="s", ms=3, label="Euclidean distance (right, log)")
+        log.set(yscale="log", ylabel="‖hᵇ - hᵇ⁻¹‖₂")
+        log.spines["right"].set_visible(True)
+        right.legend(handles=[one, two], fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=2)
+        for ax in (middle, right):
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    finish(fig, path)
+
+
+@torch.inference_mode()
+def layer_states(model, batches):
+    """What goes into the first layer and comes out of each, over all tokens of some ids (N, T): (layers + 1, tokens, D)."""
+    states = []
+    for ids in batches:
+        kept = []
+        layers = [*model.encoder.layers, *model.reasoning.layers, *model.decoder.layers]
+        hooks = [layers[0].register_forward_pre_hook(lambda layer, inputs: kept.append(inputs[0].float()))]
+        hooks += [layer.register_forward_hook(lambda layer, inputs, output: kept.append(output.float())) for layer in layers]
+        model.forward_pretrained(ids)
+        for hook in hooks:
+            hook.remove()
+        states.append(torch.stack(kept).flatten(1, 2).cpu())
+    return torch.cat(states, dim=1)
+
+
+def propose_split(change):
+    """Encoder: the leading layers that turn the state (1 - cos) more than twice as far as the median layer; decoder: the trailing
+    ones. At least one each, and a layer left between them. The paper's rule is qualitative (section 3.1); this is one reading."""
+    busy = [value > 2 * change.median().item() for value in change.tolist()]
+    lead = next((i for i, b in enumerate(busy) if not b), len(busy))
+    trail = next((i for i, b in enumerate(reversed(busy)) if not b), len(busy))
+    encoder = min(max(lead, 1), len(busy) - 2)
+    return encoder, min(max(trail, 1), len(busy) - encoder - 1)
+
+
+def profile(model, batches, path):
+    """Fig. 1: 1 - cos(h_l, h_l+1) and ‖h_l+1 - h_l‖₂ per layer, means over tokens; PCA of the mean states. -> the proposed split"""
+    c, states = model.config, layer_states(model, batches)
+    cosine, euclid = (x.mean(1) for x in distances(states))
+    proposed = propose_split(cosine)
+    fig, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    for ax, values, label in ((axes[0], cosine, "1 - cos(input, output)"), (axes[1], euclid, "‖output - input‖₂")):
+        ax.bar(range(len(values)), values, color="0.6")
+        for (encoder, decoder), (colour, style, _), name in (((c.encoder_layers, c.decoder_layers), LINES[0], "in use"), (proposed, LINES[1], "proposed")):
+            for i, x in enumerate((encoder - 0.5, len(values) - decoder - 0.5)):
+                ax.axvline(x, color=colour, ls=style, lw=1.6, label=f"split {name}: {encoder} | {len(values) - encoder - decoder} | {decoder}" if i == 0 else None)
+        ax.set(xlabel="layer", ylabel=label, yscale="log")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.legend(fontsize=8)
+    axes[0].set_title("turn of the state by each layer")
+    axes[1].set_title("length of each layer's step")
+    draw_pca(axes[2], states.mean(1), "layers passed")
+    axes[2].set_title("mean state after each layer")
+    finish(fig, path)
+    return proposed
+
+
+@torch.inference_mode()
+def loss_by_budget(model, batches, loops):
+    """Held-out loss of the ids: {loops run: nats a token}, and the ungated pass under "pretrained"."""
+    wanted, sums, count = [b for b in (1, 2, 4, 6, 8, 12, 16, 20, 40, 80, 100) if b <= loops], {}, 0
+    for ids in batches:
+        h = model.encode(ids)
+        sums["pretrained"] = sums.get("pretrained", 0) + next_token_loss(model, model.pretrained_loop(h), ids)[0].sum().item()
+        for b in range(1, max(wanted) + 1):
+            h, _ = model.loop(h)
+            if b in wanted:
+                sums[b] = sums.get(b, 0) + next_token_loss(model, h, ids)[0].sum().item()
+        count += len(ids)
+    return {name: total / count for name, total in sums.items()}
+
+
+def draw_budget(losses, reference, path):
+    fig, ax = plt.subplots(figsize=(5.5, 3.8), layout="constrained")
+    ax.plot(list(losses), list(losses.values()), color="#0072B2", marker="o", label="looped")
+    ax.axhline(reference[1], color="#D55E00", ls="--", label=reference[0])
+    ax.set(xscale="log", xlabel="loops", ylabel="held-out loss (nats a token)", xticks=list(losses), xticklabels=list(losses), title="loss by budget")
+    ax.minorticks_off()
+    ax.legend()
+    finish(fig, path)
+
+
+def draw_training(records, path):
+    """Training losses by step, and the held-out loss of every evaluation."""
+    steps, evals = [r for r in records if "loss" in r], [r for r in records if "eval" in r]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for name, (colour, style, _) in zip(("loss", "lm", "mono", "q"), LINES):
+        left.plot([r["step"] for r in steps], [r[name] for r in steps], color=colour, ls=style, lw=1.1, label={"loss": "sum", "lm": "L_LM", "mono": "L_mono", "q": "L_Q"}[name])
+    left.set(xlabel="optimizer step", ylabel="loss over supervised loops", title="training")
+    left.legend()
+    for name, (colour, style, marker) in zip(evals[-1]["eval"], (("0.5", "-", None), *LINES)):
+        right.plot([r["step"] for r in evals], [r["eval"][name] for r in evals], color=colour, ls=style, marker=marker, ms=4,
+                   label=f"{name} loop{'s' * (name != '1')}" if name.isdigit() else name)
+    right.set(xlabel="optimizer step", ylabel="held-out loss (nats a token)", title="held-out", yscale="log")
+    right.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%.2f"))
+    right.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%.1f"))
+    right.legend()
+    finish(fig, path)
+
+
+def read_log(path):
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a training log ({error})") from None
+
+
+def finish(fig, path):
+    """Write a figure beside and rename it."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fig.savefig(partial, format="png")
+        os.replace(partial, path)
+    except OSError as error:
+        raise InputError(f"--out {path.parent}: not writable ({error})") from None
+    finally:
+        partial.unlink(missing_ok=True)
+        plt.close(fig)
+    print(f"wrote {path}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw what the loops do.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_model_flags(parser, "preset, directory or hub id (default: the newest checkpoint below out/)")
+    parser.add_argument("--prompt", action="append", help="repeatable (default: the paper's four)")
+    parser.add_argument("--loops", type=number(int, 1), default=20)
+    parser.add_argument("--data", help="text for the stage profile and the loss by budget: .txt, .jsonl, .jsonl.gz, .jsonl.xz or .parquet")
+    parser.add_argument("--out", type=Path, default=Path("figures"))
+    args = parser.parse_args()
+    args.model = args.model or newest_checkpoint()
+    if args.model is None:
+        raise InputError("--model: no checkpoint below out/ to take; name a directory, or train one first (python train.py)")
+    device = pick_device(args.device)
+    torch.manual_seed(args.seed)
+    model, tokenizer = load(str(args.model), split=args.split, device=device, dtype=pick_dtype(args.dtype, device))
+    if tokenizer is None:
+        raise InputError(f"--model {args.model}: no tokenizer.json in it, which prompts need")
+    prompts = []
+    for text in args.prompt or PROMPTS:
+        ids = tokenizer.encode(text, bos=tokenizer.add_bos)
+        if not 1 <= len(ids) <= model.config.max_position_embeddings:
+            raise InputError(f"--prompt {text[:30]!r}: {len(ids)} tokens; the model takes 1 to {model.config.max_position_embeddings}")
+        prompts.append((text, torch.tensor([ids], device=device)))
+    text = [ids for _, ids in prompts]
+    if args.data:
+        length = min(256, model.config.max_position_embeddings)
+        text = data.held_out(data.documents(args.data), tokenizer, length, 16).to(device).split(2)
+    trajectories(model, prompts, args.loops, args.out / "trajectories.png")
+    encoder, decoder = profile(model, text, args.out / "profile.png")
+    print(f"split in use {model.config.encoder_layers},{model.config.decoder_layers}; proposed {encoder},{decoder} "
+          "(leading and trailing layers that turn the state more than twice as far as the median layer)")
+    log = Path(args.model).parent / "log.jsonl"
+    records = read_log(log) if log.exists() else []
+    evals = [r["eval"] for r in records if "eval" in r]
+    if args.data:
+        losses = loss_by_budget(model, text, args.loops)
+        draw_budget(losses, ("one pass without the gate", losses.pop("pretrained")), args.out / "budget.png")
+        print("loss by loops: " + ", ".join(f"{b}: {loss:.3f}" for b, loss in losses.items()))
+    elif evals and "1" in evals[-1]:
+        draw_budget({int(b): loss for b, loss in evals[-1].items() if b.isdigit()}, ("pretrained", evals[-1]["pretrained"]), args.out / "budget.png")
+    else:
+        print("no budget.png: give --data, or a checkpoint of a training run with its log.jsonl beside")
+    if evals:
+        draw_training(records, args.out / "training.png")
+    else:
+        print(f"no training.png: no {log}")
+
+
+if __name__ == "__main__":
+    run(main)
