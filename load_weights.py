@@ -189,6 +189,15 @@ def backbone_name(name, config):
     return rest if rest == "lm_head.weight" else f"model.{rest}"
 
 
+class NoInit(torch.overrides.TorchFunctionMode):
+    """Build modules without filling them: on the meta device even that imports 80 MB of compiler."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return function(*args, **(kwargs or {}))
+
+
 def opened(path):
     try:
         return safe_open(path, framework="pt")
@@ -216,14 +225,19 @@ def tensor_files(directory):
 
 
 def read_tensor(path, name, shape, device, dtype):
-    """One tensor, checked. The file is opened anew for each, so that its mapped pages are given back at once."""
+    """One tensor, checked. In parts, the file opened anew for each, so that at no time much of it is mapped beside the copy."""
     with opened(path) as f:
         found = f.get_slice(name)
         if found.get_shape() != list(shape):
             raise InputError(f"{path}: tensor {name} has shape {found.get_shape()}, the config asks for {list(shape)}")
         if found.get_dtype() not in ("F32", "F16", "BF16"):
             raise InputError(f"{path}: tensor {name} is {found.get_dtype()}; expected F32, F16 or BF16")
-        return f.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+    tensor = torch.empty(shape, device=device, dtype=dtype)
+    rows = max(1, 2**22 // tensor[0].numel())
+    for i in range(0, len(tensor), rows):
+        with opened(path) as f:
+            tensor[i:i + rows] = f.get_slice(name)[i:i + rows]
+    return tensor
 
 
 def load_model(directory, split=None, device=None, dtype=None):
@@ -233,7 +247,7 @@ def load_model(directory, split=None, device=None, dtype=None):
     files = tensor_files(directory)
     files = {name.replace("plateau.", "reasoning.", 1) if recast and name.startswith("plateau.") else name: (path, name) for name, path in files.items()
              if not name.endswith("rotary_emb.inv_freq")}      # a buffer in old files, not a weight
-    with torch.device("meta"):
+    with torch.device("meta"), NoInit():
         model = LoopUS(config)
     wanted = {name: name if recast else backbone_name(name, config) for name in model.state_dict() if recast or not name.startswith(ADDED)}
     if not recast and "lm_head.weight" not in files:     # a tied head: a copy of the embedding, to be trained alone

@@ -229,7 +229,8 @@ class Gate(nn.Module):
         self.dt_input_proj = nn.Linear(D, r, bias=False)
         self.delta_proj = nn.Linear(r, D)
         self.A_log = nn.Parameter(torch.empty(D))
-        self.reset_parameters()
+        if not self.A_log.is_meta:           # load_weights builds without memory and fills afterwards
+            self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self, init="paper"):

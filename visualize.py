@@ -199,6 +199,9 @@ def finish(fig, path):
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {path.parent}: not a folder that can be made ({error})") from None
+    try:
         fig.savefig(partial, format="png")
         os.replace(partial, path)
     except OSError as error:

@@ -1,0 +1,178 @@
+"""sample.py, visualize.py and data, run as a user runs them; bad input is one line and exit code 2."""
+import gzip
+import json
+import lzma
+
+import pytest
+import torch
+
+import data
+import visualize
+from conftest import GOLDEN, script, small
+from load_weights import Tokenizer, load, save
+from loopus import InputError
+from sample import SHADES, shade, summary
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, backbone):
+    """A LoopUS checkpoint whose gate is half open, below a folder like a run's."""
+    directory = tmp_path_factory.mktemp("work")
+    model, tokenizer = load(backbone, split=(1, 1))
+    save(model, tokenizer, directory / "out" / "toy" / "step-000003")
+    records = [{"step": 0, "eval": {"pretrained": 5.0, "1": 6.0, "2": 7.0, "4": 8.0, "8": 9.0}}]
+    records += [{"step": i, "tokens": 9 * i, "lr": 1e-3, "loss": 9.0 - i, "lm": 8.0 - i, "mono": 0.1, "q": 0.9, "tokens_per_s": 5.0} for i in (1, 2, 3)]
+    records += [{"step": 3, "eval": {"pretrained": 5.0, "1": 5.5, "2": 5.6, "4": 5.7, "8": 5.8}}]
+    (directory / "out" / "toy" / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return directory / "out" / "toy" / "step-000003"
+
+
+def test_sample_prints_what_generate_gives(checkpoint):
+    done = script("sample.py", "--model", checkpoint, "--prompt", "the gate", "--max-new-tokens", 12, "--temperature", 0, "--budget", 3, "--threshold", 0.5, "--dtype", "float32", "--device", "cpu")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    model, tokenizer = load(checkpoint)
+    prompt = tokenizer.encode("the gate")
+    steps = list(model.generate(torch.tensor([prompt]), 12, budget=3, exit_threshold=0.5, temperature=0, eos_id=tokenizer.eos_id))
+    kept = [s.tokens.item() for s in steps if s.tokens.item() != tokenizer.eos_id]
+    assert done.stdout.startswith(tokenizer.decode(prompt + kept)) and "\x1b" not in done.stdout
+    loops = [s.loops.item() for s in steps]
+    assert f"{len(steps)} tokens, mean {sum(loops) / len(loops):.2f} of 3 loops" in done.stdout
+    for n in set(loops):
+        assert f"{n} loop{' ' if n == 1 else 's'} {loops.count(n):5d} █" in done.stdout
+
+
+def test_sample_takes_the_newest_checkpoint_and_compares(checkpoint, backbone):
+    done = script("sample.py", "--budget", 8, "--max-new-tokens", 5, "--temperature", 0, "--compare", "--dtype", "float32", cwd=checkpoint.parents[2])
+    assert done.returncode == 0, done.stderr
+    model, tokenizer = load(backbone, split=(1, 1))
+    ids = torch.tensor([tokenizer.encode("The capital of France is")])
+    for _ in range(5):
+        ids = torch.cat((ids, model.forward_pretrained(ids)[:, -1:].argmax(-1)), 1)
+    assert done.stdout.rstrip("\n").endswith(tokenizer.decode(ids[0].tolist()).rstrip("\n")) and "pretrained (" in done.stdout
+
+
+def test_sample_warns_of_an_untrained_recast(backbone):
+    done = script("sample.py", "--model", backbone, "--max-new-tokens", 2, "--split", "1,1")
+    assert done.returncode == 0 and "untrained" in done.stderr
+
+
+def test_shading_darkens_with_the_loops_and_keeps_the_text():
+    assert shade("a\nb", 1, 8) == "\x1b[48;5;231m\x1b[38;5;16ma\x1b[0m\n\x1b[48;5;231m\x1b[38;5;16mb\x1b[0m"
+    assert [f"48;5;{back}m" in shade("x", n + 1, 8) for n, (back, _) in enumerate(SHADES)] == [True] * 8
+    assert "48;5;231m" in shade("x", 1, 1) and summary([], [], 8) == "no token was generated"
+
+
+def test_visualize_writes_every_figure(checkpoint, corpus, tmp_path):
+    done = script("visualize.py", "--model", checkpoint, "--prompt", "gate", "--prompt", "the state $h$", "--loops", 6, "--data", corpus, "--out", tmp_path)
+    assert done.returncode == 0 and "proposed" in done.stdout, done.stderr
+    for name in ("trajectories", "profile", "budget", "training"):
+        assert (tmp_path / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and (tmp_path / f"{name}.png").stat().st_size > 10000
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_what_the_figures_show():
+    model, ids = small(1), torch.randint(0, 50, (1, 6))
+    states, alphas = visualize.follow(model, ids, 3)
+    h = model.encode(ids)
+    for b in range(3):
+        torch.testing.assert_close(states[b], h[0, -1].float())
+        new, _ = model.loop(h)
+        m = model.pretrained_loop(h)
+        torch.testing.assert_close(alphas[b], ((new - h) / (m - h))[0, -1].float(), rtol=1e-3, atol=1e-4)     # eq. 5 solved for α
+        h = new
+    cosine, euclid = visualize.distances(states)
+    assert euclid[0].item() == pytest.approx((states[1] - states[0]).norm().item(), rel=1e-5)
+    assert cosine[0].item() == pytest.approx(1 - torch.cosine_similarity(states[0], states[1], dim=0).item(), abs=1e-6)
+    points, share = visualize.pca(states)
+    values = torch.linalg.eigvalsh(torch.cov(states.double().T, correction=0)).flip(0)
+    assert share == pytest.approx((values[:2] / values.sum()).tolist()) and points.square().sum(0).tolist() == pytest.approx((values[:2] * 4).tolist())
+    layers = visualize.layer_states(model, [ids])
+    assert layers.shape == (5, 6, 32)
+    torch.testing.assert_close(layers[1], model.encode(ids)[0].float())
+    losses = visualize.loss_by_budget(model, [ids], 4)
+    assert set(losses) == {"pretrained", 1, 2, 4}
+    assert losses[2] == pytest.approx(torch.nn.functional.cross_entropy(model(ids, 2)[0, :-1], ids[0, 1:]).item())
+
+
+@pytest.mark.parametrize("change, split", [([.98, .16, .04, .03, .04, .05, .25], (2, 1)), ([.5, .1, .1, .1], (1, 1)), ([.9, .9, .9, .1, .1, .1, .1, .1, .1, .5, .5], (3, 2)), ([.1] * 5, (1, 1)), ([.9, .1, .9], (1, 1))])
+def test_proposed_split(change, split):
+    assert visualize.propose_split(torch.tensor(change)) == split
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+def test_every_file_format_gives_the_same_documents(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+    texts = ["first\n\ndocument", "zweites é 🙂", "third"]
+    lines = "".join(json.dumps({"text": t, "source": "x"}) + "\n" for t in texts)
+    (tmp_path / "a.jsonl").write_text(lines + "\n", encoding="utf-8")
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt", encoding="utf-8") as f:
+        f.write(lines)
+    with lzma.open(tmp_path / "a.v2.jsonl.xz", "wt", encoding="utf-8") as f:
+        f.write(lines)
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2, 3], "text": texts}), tmp_path / "a.parquet")
+    (tmp_path / "a.txt").write_text(texts[0], encoding="utf-8")
+    for name in ("a.jsonl", "a.jsonl.gz", "a.v2.jsonl.xz", "a.parquet"):
+        assert list(data.documents(tmp_path / name)) == texts, name
+    assert list(data.documents(tmp_path / "a.txt")) == texts[:1]
+
+
+def test_packing_loses_nothing_and_counts_truly(corpus):
+    tokenizer = Tokenizer(GOLDEN / "bytelevel")
+    stream = [i for text in data.documents(corpus) for i in tokenizer.encode(text) + [tokenizer.eos_id]]
+    rows = list(data.sequences(data.documents(corpus), tokenizer, 32))
+    assert [i for row in rows for i in row] == stream[:len(stream) // 32 * 32] and {len(row) for row in rows} == {32}
+    one_epoch, batches = len(rows), data.batches(corpus, tokenizer, 4, 32, seed=0)
+    shuffled = torch.cat([next(batches) for _ in range(one_epoch // 4)])
+    assert shuffled.shape == (one_epoch // 4 * 4, 32) and not torch.equal(shuffled[:40], torch.tensor(rows[:40]))
+    assert {tuple(r) for r in shuffled.tolist()} <= {tuple(r) for r in rows}
+    again = data.batches(corpus, tokenizer, 4, 32, seed=0)
+    assert torch.equal(next(again), shuffled[:4])
+
+
+def test_documents_start_with_bos_where_the_tokenizer_adds_it():
+    tokenizer = Tokenizer(GOLDEN / "sentencepiece")
+    row = next(iter(data.sequences(["a b", "c"], tokenizer, 6)))
+    assert row[0] == 1 and row.count(1) == 2 and row.count(2) >= 1
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("a.jsonl", b"", "too little text"), ("a.txt", b"", "too little text"), ("a.jsonl", b'{"text": "x"}\n{"txt": 3}\n', "line 2"), ("a.jsonl", b'{"text": 3}\n', "expected a string"),
+    ("a.jsonl", b'{"text": "x"\n', "line 1"), ("a.txt", b"\xff\xfe\x00", "not readable"), ("a.jsonl.gz", b"no gzip", "not readable"), ("a.jsonl.xz", lzma.compress(b"{}" * 999)[:40], "not readable"),
+    ("a.parquet", b"PAR1", "not readable"), ("a.csv", b"x", "expected a .txt"), ("a.txt", b"too short", "too little text"), ("missing.txt", None, "not readable")])
+def test_bad_data_is_one_clear_line(tmp_path, backbone, name, content, words):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=words) as error:
+        next(data.batches(tmp_path / name, Tokenizer(backbone), 2, 32, 0))
+    assert "\n" not in str(error.value)
+
+
+# ---- bad flags -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("command, words", [
+    (["sample.py", "--budget", 0], "--budget"), (["sample.py", "--threshold", 1.5], "--threshold"), (["sample.py", "--top-p", 0], "--top-p"), (["sample.py", "--temperature", -1], "--temperature"),
+    (["sample.py", "--halt", "never"], "--halt"), (["sample.py", "--prompt", ""], "--prompt"), (["sample.py", "--prompt", "long " * 400], "context is 128"),
+    (["sample.py", "--device", "cuda:77"], "--device cuda:77"), (["sample.py", "--device", "abacus"], "--device abacus"), (["sample.py", "--split", "1"], "--split"), (["sample.py", "--split", "9,9"], "split"),
+    (["sample.py", "--max-new-tokens", 0], "--max-new-tokens"), (["visualize.py", "--loops", 0], "--loops"), (["visualize.py", "--prompt", ""], "--prompt"), (["visualize.py", "--data", "none.txt"], "none.txt"),
+    (["train.py", "--seq-len", 32, "--data", "none.txt"], "none.txt"), (["train.py", "--seq-len", 4096, "--data", "none.txt"], "--seq-len 4096"), (["train.py", "--loops", 3, "--supervised", 4, "--data", "x"], "--supervised"), (["train.py"], "--data"), (["train.py", "--steps", "many"], "--steps"),
+    (["train.py", "--gate-init", "shut"], "--gate-init")])
+def test_bad_flags(checkpoint, command, words, tmp_path):
+    done = script(*command, *["--model", checkpoint] * ("--model" not in command), cwd=tmp_path)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_model_anywhere(tmp_path):
+    for name in ("sample.py", "visualize.py"):
+        done = script(name, cwd=tmp_path)
+        assert done.returncode == 2 and "--model" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_unwritable_out(checkpoint, corpus, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    done = script("train.py", "--model", checkpoint, "--data", corpus, "--seq-len", 32, "--steps", 1, "--out", tmp_path / "file" / "run")
+    assert done.returncode == 2 and "--out" in done.stderr and "Traceback" not in done.stderr and (tmp_path / "file").read_text() == "mine"
+    done = script("visualize.py", "--model", checkpoint, "--loops", 2, "--out", tmp_path / "file")
+    assert done.returncode == 2 and "--out" in done.stderr and (tmp_path / "file").read_text() == "mine"
