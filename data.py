@@ -15,7 +15,6 @@ from loopus import InputError
 
 BLOCK = 1024                                  # sequences that are shuffled together
 
-
 def documents(path):
     """The documents of a .txt (one), .jsonl, .jsonl.gz, .jsonl.xz or .parquet file (field or column "text"), in order."""
     path = Path(path)
@@ -43,7 +42,6 @@ def documents(path):
     except (OSError, EOFError, lzma.LZMAError, ValueError) as error:    # pyarrow's errors and UnicodeDecodeError are ValueErrors
         raise InputError(f"--data {path}: not readable ({str(error).splitlines()[0]})") from None
 
-
 def text_of(line, where):
     try:
         text = json.loads(line)["text"]
@@ -52,7 +50,6 @@ def text_of(line, where):
     if not isinstance(text, str):
         raise InputError(f'{where}: field "text" is {type(text).__name__}, expected a string')
     return text
-
 
 def sequences(texts, tokenizer, seq_len):
     """Texts -> full sequences of seq_len ids, packed."""
@@ -63,14 +60,12 @@ def sequences(texts, tokenizer, seq_len):
         yield from (carry[i:i + seq_len] for i in range(0, cut, seq_len))
         carry = carry[cut:]
 
-
 def held_out(texts, tokenizer, seq_len, count):
     """The first `count` sequences (N, T) of an iterator of texts; whole documents are taken from it, what is left over is dropped."""
     rows = list(itertools.islice(sequences(texts, tokenizer, seq_len), count))
     if not rows:
         raise InputError(f"--data: too little text for one held-out sequence of {seq_len} tokens; give more text or a smaller --seq-len")
     return torch.tensor(rows)
-
 
 def batches(path, tokenizer, batch_size, seq_len, seed, skip=0):
     """Batches (N, T) of packed sequences without end, the first `skip` documents left out; shuffled in blocks, anew in each epoch."""

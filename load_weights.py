@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import sys
 import unicodedata
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from loopus import Gate, InputError, LoopUS, LoopUSConfig
+from loopus import InputError, LoopUS, LoopUSConfig, require
 
 # name: (hub id or directory, (encoder layers, decoder layers)); the splits are the paper's (App. A.1)
 PRESETS = {
@@ -33,7 +32,6 @@ PRESETS = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
                    "chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt")
-
 
 # ---- for every script: errors for people, and the machine's defaults -------------------------------------------------
 
@@ -50,7 +48,6 @@ def run(main):
     except BrokenPipeError:                   # `python sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-
 def number(kind, low, high=float("inf")):
     """An argparse type: a number from low to high."""
     def parse(text):
@@ -64,7 +61,6 @@ def number(kind, low, high=float("inf")):
         return value
     return parse
 
-
 def add_model_flags(parser, model_help):
     """The flags every script shares."""
     parser.add_argument("--model", help=model_help)
@@ -73,12 +69,10 @@ def add_model_flags(parser, model_help):
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the computation (auto: bfloat16 where the hardware multiplies it faster)")
     parser.add_argument("--seed", type=int, default=1337)
 
-
 def parse_split(text):
     if not re.fullmatch(r"\d+,\d+", text):
         raise argparse.ArgumentTypeError(f"{text!r}: expected two counts of layers, as in 2,1")
     return tuple(map(int, text.split(",")))
-
 
 def pick_device(name):
     if name == "auto":
@@ -90,7 +84,6 @@ def pick_device(name):
         raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device cpu") from None
     return device
 
-
 def pick_dtype(name, device):
     """auto: bfloat16 where the hardware has instructions for it, float32 elsewhere."""
     if name != "auto":
@@ -101,8 +94,10 @@ def pick_dtype(name, device):
         fast = device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
     return torch.bfloat16 if fast else torch.float32
 
-
 # ---- config.json -----------------------------------------------------------------------------------------------------
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 
 def read_json(path):
     try:
@@ -113,51 +108,42 @@ def read_json(path):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
 
-
 def read_config(path, split=None):
-    """config.json of a backbone or of a LoopUS checkpoint -> (LoopUSConfig, its dtype or None, is it LoopUS?)."""
+    """config.json of a backbone or of a LoopUS checkpoint -> LoopUSConfig. split: what the user asks for."""
     raw = read_json(path)
     recast = raw.get("model_type") == "lds"
     base = raw.get("base_config_dict") if recast else raw
     try:
-        if not isinstance(base, dict):
-            raise InputError(f"base_config_dict is {base!r}: expected the backbone's config")
+        require(isinstance(base, dict), f"base_config_dict is {base!r}: expected the backbone's config")
+        if base.get("model_type") == "qwen3":            # what transformers takes where its file is silent
+            base = {"head_dim": 128, "num_key_value_heads": 32, "max_position_embeddings": 32768, **base}
         rope = base.get("rope_parameters") or base.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise InputError(f"rope type {kind!r} is not supported; plain rotary positions are")
+        require(kind == "default", f"rope type {kind!r} is not supported; plain rotary positions are")
         for field, value in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False), ("use_sliding_window", False)):
-            if base.get(field, value) != value:
-                raise InputError(f"{field} {base[field]!r} is not supported; expected {value!r}")
-        defaults = {"model_type": None, "vocab_size": int, "hidden_size": int, "intermediate_size": int, "num_hidden_layers": int,
-                    "num_attention_heads": int}
-        shape = {}
-        for field, expected in defaults.items():
-            shape[field] = base.get(field)
-            if expected and (type(shape[field]) is not int or shape[field] < 1):
-                raise InputError(f"{field} is {shape[field]!r}: expected a positive whole number")
-        for field, expected in (("num_key_value_heads", int), ("head_dim", int), ("max_position_embeddings", int), ("rms_norm_eps", float)):
-            if base.get(field) is not None:
-                if not isinstance(base[field], (int, expected)) or base[field] <= 0:
-                    raise InputError(f"{field} is {base[field]!r}: expected a positive number")
-                shape[field] = base[field]
-        theta = rope.get("rope_theta", base.get("rope_theta", 10000.0))
-        if not isinstance(theta, (int, float)) or theta <= 0:
-            raise InputError(f"rope_theta is {theta!r}: expected a positive number")
+            require(base.get(field, value) == value, f"{field} {base.get(field)!r} is not supported; expected {value!r}")
+        fields = {"model_type": base.get("model_type"), "rope_theta": rope.get("rope_theta", base.get("rope_theta", 10000.0))}
+        for field in SIZES + OPTIONAL_SIZES:
+            if field in SIZES or base.get(field) is not None:
+                fields[field] = base.get(field)
+                require(type(fields[field]) is int and fields[field] > 0, f"{field} is {fields[field]!r}: expected a positive whole number")
+        fields["rms_norm_eps"] = base.get("rms_norm_eps", 1e-6)          # transformers' default for both
+        for field in ("rope_theta", "rms_norm_eps"):
+            require(isinstance(fields[field], (int, float)) and fields[field] > 0, f"{field} is {fields[field]!r}: expected a positive number")
         if recast:
             parts = [raw.get(f"{part}_layer_indices") for part in ("encoder", "reasoning", "decoder")]
-            if not all(isinstance(part, list) for part in parts) or sum(parts, []) != list(range(shape["num_hidden_layers"])):
-                raise InputError(f"encoder, reasoning and decoder_layer_indices {parts}: expected layers 0 to {shape['num_hidden_layers'] - 1} in order")
-            if split is not None and split != (len(parts[0]), len(parts[2])):
-                raise InputError(f"--split {split[0]},{split[1]}: this LoopUS checkpoint is split {len(parts[0])},{len(parts[2])} already; leave --split out")
-            split = len(parts[0]), len(parts[2])
-            shape.update(recast=True, loops=raw.get("N", 20), exit_threshold=raw.get("q_threshold", 0.6), base_model=raw.get("base_model_name_or_path", ""))
+            require(all(isinstance(part, list) for part in parts) and sum(parts, []) == list(range(fields["num_hidden_layers"])),
+                    f"encoder, reasoning and decoder_layer_indices {parts}: expected layers 0 to {fields['num_hidden_layers'] - 1} in order")
+            stored = len(parts[0]), len(parts[2])
+            require(split in (None, stored), f"--split {split and split[0]},{split and split[1]}: "
+                    f"this LoopUS checkpoint is split {stored[0]},{stored[1]} already; leave --split out")
+            split = stored
+            fields |= {"recast": True, "loops": raw.get("N", 20), "exit_threshold": raw.get("q_threshold", 0.6),
+                       "base_model": raw.get("base_model_name_or_path", "")}
         encoder, decoder = split or (1, 1)
-        config = LoopUSConfig(rope_theta=float(theta), encoder_layers=encoder, decoder_layers=decoder, **shape)
+        return LoopUSConfig(encoder_layers=encoder, decoder_layers=decoder, **fields)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    return config, DTYPES.get(base.get("dtype") or base.get("torch_dtype")), recast
-
 
 def published_config(model):
     """The published checkpoints' config.json (fields of the authors' LDSConfig) for a model."""
@@ -165,19 +151,16 @@ def published_config(model):
     first, last = c.encoder_layers, c.num_hidden_layers - c.decoder_layers
     base = {"architectures": [{"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[c.model_type]], "hidden_act": "silu",
             "attention_bias": False, "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta}, "tie_word_embeddings": False, "torch_dtype": dtype}
-    for field in ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                  "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "max_position_embeddings"):
+    for field in ("model_type", *SIZES, *OPTIONAL_SIZES, "rms_norm_eps", "rope_theta"):
         base[field] = getattr(c, field)
     return {"architectures": ["LDSForCausalLM"], "model_type": "lds", "base_model_name_or_path": c.base_model, "base_config_dict": base,
             "encoder_layer_indices": [*range(first)], "reasoning_layer_indices": [*range(first, last)],
             "decoder_layer_indices": [*range(last, c.num_hidden_layers)], "N": c.loops, "q_threshold": c.exit_threshold,
             "q_eval_interval": 1, "halting_strategy": "threshold", "convergence_epsilon": 0.01, "torch_dtype": dtype}
 
-
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
 ADDED = ("reasoning.gate.", "q_head.")                   # what LoopUS adds to a backbone; fp32 always
-
 
 def backbone_name(name, config):
     """The Hugging Face name of a backbone tensor: reasoning.layers.0.… of a model with 2 encoder layers is model.layers.2.…"""
@@ -188,7 +171,6 @@ def backbone_name(name, config):
         return f"model.layers.{int(i) + first}.{rest}"
     return rest if rest == "lm_head.weight" else f"model.{rest}"
 
-
 class NoInit(torch.overrides.TorchFunctionMode):
     """Build modules without filling them: on the meta device even that imports 80 MB of compiler."""
 
@@ -197,13 +179,11 @@ class NoInit(torch.overrides.TorchFunctionMode):
             return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
         return function(*args, **(kwargs or {}))
 
-
 def opened(path):
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
-
 
 def tensor_files(directory):
     """name of each stored tensor -> the file that holds it, from one file or from an index and its shards."""
@@ -223,7 +203,6 @@ def tensor_files(directory):
         raise InputError(f"{directory}: no model.safetensors (or model.safetensors.index.json with its shards) in it")
     return dict.fromkeys(opened(file).keys(), file)
 
-
 def read_tensor(path, name, shape, device, dtype):
     """One tensor, checked. In parts, the file opened anew for each, so that at no time much of it is mapped beside the copy."""
     with opened(path) as f:
@@ -239,41 +218,37 @@ def read_tensor(path, name, shape, device, dtype):
             tensor[i:i + rows] = f.get_slice(name)[i:i + rows]
     return tensor
 
-
 def load_model(directory, split=None, device=None, dtype=None):
     """A LoopUS model from a Hugging Face backbone (gate and head new) or a LoopUS checkpoint in `directory`."""
     directory = Path(directory)
-    config, _, recast = read_config(directory / "config.json", split)
-    files = tensor_files(directory)
-    files = {name.replace("plateau.", "reasoning.", 1) if recast and name.startswith("plateau.") else name: (path, name) for name, path in files.items()
-             if not name.endswith("rotary_emb.inv_freq")}      # a buffer in old files, not a weight
+    config = read_config(directory / "config.json", split)
+    files = {name: (path, name) for name, path in tensor_files(directory).items() if not name.endswith("rotary_emb.inv_freq")}
+    if config.recast:                                    # early checkpoints call the block plateau
+        files = {re.sub(r"^plateau\.", "reasoning.", name): place for name, place in files.items()}
     with torch.device("meta"), NoInit():
         model = LoopUS(config)
-    wanted = {name: name if recast else backbone_name(name, config) for name in model.state_dict() if recast or not name.startswith(ADDED)}
-    if not recast and "lm_head.weight" not in files:     # a tied head: a copy of the embedding, to be trained alone
-        if read_json(directory / "config.json").get("tie_word_embeddings", False):
-            wanted["decoder.lm_head.weight"] = "model.embed_tokens.weight"
-    if missing := [name for name in wanted.values() if name not in files]:
-        raise InputError(f"{directory}: {len(missing)} tensors of this architecture are not in the file, {missing[0]} first")
-    if extra := sorted(set(files) - set(wanted.values())):
-        raise InputError(f"{directory}: {len(extra)} tensors are not of this architecture ({config.model_type}, {config.num_hidden_layers} layers), {extra[0]} first")
+    wanted = {name: name if config.recast else backbone_name(name, config) for name in model.state_dict() if config.recast or not name.startswith(ADDED)}
+    if not config.recast and "lm_head.weight" not in files and read_json(directory / "config.json").get("tie_word_embeddings", False):
+        wanted["decoder.lm_head.weight"] = "model.embed_tokens.weight"   # a tied head: a copy, to be trained alone
+    missing, extra = [name for name in wanted.values() if name not in files], sorted(set(files) - set(wanted.values()))
+    require(not missing, f"{directory}: {len(missing)} tensors of this architecture are not in its files, {missing[:1]} first")
+    require(not extra, f"{directory}: {len(extra)} tensors are not of this architecture ({config.model_type}, {config.num_hidden_layers} layers), {extra[:1]} first")
     if dtype is None:                                    # as stored, one dtype for the whole backbone
-        with opened(files[wanted["encoder.embed_tokens.weight"]][0]) as f:
-            kind = f.get_slice(files[wanted["encoder.embed_tokens.weight"]][1]).get_dtype()
-        dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind, torch.float32)
+        path, key = files[wanted["encoder.embed_tokens.weight"]]
+        with opened(path) as f:
+            dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(f.get_slice(key).get_dtype(), torch.float32)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for name, source in wanted.items():
         path, key = files[source]
         tensor = read_tensor(path, key, shapes[name], device or "cpu", torch.float32 if name.startswith(ADDED) else dtype)
         model.load_state_dict({name: tensor}, strict=False, assign=True)
-    if not recast:
+    if not config.recast:
         for module in (model.reasoning.gate, model.q_head):
             module.to_empty(device=device or "cpu")
         for module in (model.reasoning.gate, *model.q_head):
             module.reset_parameters()
         config.base_model = str(directory)
     return model.eval()
-
 
 def load(name, *, split=None, device=None, dtype=None):
     """(LoopUS, Tokenizer or None) from a preset's name, a local directory or a hub id.
@@ -289,7 +264,6 @@ def load(name, *, split=None, device=None, dtype=None):
         model.config.base_model = PRESETS.get(name, (name,))[0]      # the hub's name, not this machine's cache
     return model, Tokenizer(directory) if (directory / "tokenizer.json").exists() else None
 
-
 def find(name):
     """A preset, directory or hub id -> (local directory, the preset's split or None)."""
     source, split = PRESETS.get(str(name), (name, None))
@@ -303,11 +277,9 @@ def find(name):
     except Exception as error:                           # the client's own words: offline, gated, not found
         raise InputError(f"--model {name}: {source} could not be fetched ({str(error).splitlines()[0]}); give a local directory") from None
 
-
 def is_recast(directory):
     """Does the directory hold a LoopUS checkpoint (rather than a plain backbone)?"""
     return read_json(Path(directory) / "config.json").get("model_type") == "lds"
-
 
 def save(model, tokenizer, directory):
     """Write the published layout: model.safetensors (tensors in the dtype they have), config.json, the tokenizer's files.
@@ -336,20 +308,17 @@ def save(model, tokenizer, directory):
         for partial in written:
             partial.unlink(missing_ok=True)
 
-
 # ---- tokenizers ------------------------------------------------------------------------------------------------------
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # the same after every digit was set apart: digits never join, and spaces before one are a run that ends there
 DIGITS_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
-
 def byte_letters():
     """Byte-level BPE writes each byte as a printable letter: that letter -> the byte."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in shown]
     return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
-
 
 class Tokenizer:
     """`tokenizer.json` run by tiktoken: byte-level BPE (Qwen3, SmolLM2, Llama 3) or SentencePiece-style BPE (TinyLlama).
@@ -497,12 +466,10 @@ class Tokenizer:
             text.append(self.special[i] if i in self.special else self.bytes_of.get(i, b"").decode())
         return "".join(text).removeprefix(" ")
 
-
 def newest_checkpoint(root="out"):
     """The LoopUS checkpoint last written below `root`, or None."""
     found = [path.parent for path in Path(root).glob("**/config.json") if (path.parent / "model.safetensors").exists()]
     return max(found, key=lambda path: (path / "model.safetensors").stat().st_mtime, default=None)
-
 
 # ---- python load_weights.py DIR --------------------------------------------------------------------------------------
 
@@ -532,7 +499,6 @@ def main():
         for _ in range(12):
             ids = torch.cat((ids, model.forward_pretrained(ids)[:, -1:].argmax(-1)), dim=1)
     print(f"  continued     {tokenizer.decode(ids[0, tokenizer.add_bos:].tolist())!r}" + (" (backbone, one ungated pass)" if not is_recast(directory) else ""))
-
 
 if __name__ == "__main__":
     run(main)

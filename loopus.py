@@ -23,11 +23,10 @@ the rotary angles are the same at every loop.
     KV cache        Cache, Block                      14-19 (App. A.4)
     loss            train.training_step               10-13
 
-Letters of shapes: N rows of a batch, T tokens, D channels (hidden_size), V vocabulary, H query heads, G key/value heads,
+Shapes: N rows of a batch, T tokens, D channels (hidden_size), V vocabulary, H query heads, G key/value heads,
 K channels of a head (head_dim), L layers of a stack, S slots of a cache, B loops.
 
-Pretrained parts carry Hugging Face's names, added parts the published LoopUS checkpoints' names: `state_dict()` is the file.
-Read it in order; every function uses only what stands above it.
+Pretrained parts carry Hugging Face's names, added parts the published LoopUS checkpoints': `state_dict()` is the file.
 """
 import math
 from dataclasses import dataclass, replace
@@ -36,10 +35,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
 class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line: what, where, found, expected, what to do."""
 
+def require(ok, problem):
+    if not ok:
+        raise InputError(problem)
 
 @dataclass
 class LoopUSConfig:
@@ -65,25 +66,18 @@ class LoopUSConfig:
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        if self.model_type not in ("llama", "qwen3"):
-            raise InputError(f"model_type {self.model_type!r} is not supported; llama and qwen3 are")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads {self.num_key_value_heads}")
-        if self.head_dim % 2:
-            raise InputError(f"head_dim {self.head_dim} is odd; rotary positions need pairs")
-        if min(self.encoder_layers, self.decoder_layers, self.reasoning_layers) < 1:
-            raise InputError(f"split {self.encoder_layers},{self.decoder_layers} of {self.num_hidden_layers} layers: "
-                             "encoder, reasoning block and decoder each need a layer")
-
-    @property
-    def reasoning_layers(self):
-        return self.num_hidden_layers - self.encoder_layers - self.decoder_layers
-
+        self.reasoning_layers = self.num_hidden_layers - self.encoder_layers - self.decoder_layers
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        require(self.model_type in ("llama", "qwen3"), f"model_type {self.model_type!r} is not supported; llama and qwen3 are")
+        require(heads % groups == 0, f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}")
+        require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd; rotary positions need pairs")
+        require(min(self.encoder_layers, self.decoder_layers, self.reasoning_layers) >= 1,
+                f"split {self.encoder_layers},{self.decoder_layers} of {self.num_hidden_layers} layers: "
+                "encoder, reasoning block and decoder each need a layer")
 
 def wide(x):
     """x in fp32, or as it is where it is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
 
 # ---- the backbone: one Llama or Qwen3 layer ------------------------------------------------------------------------
 
@@ -99,7 +93,6 @@ class RMSNorm(nn.Module):
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * y.to(x.dtype)
 
-
 def rotary_angles(positions, config, dtype):
     """cos and sin of every position's angles: (..., T) -> two (..., T, K), to be broadcast over heads."""
     powers = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
@@ -107,19 +100,15 @@ def rotary_angles(positions, config, dtype):
     angles = torch.cat((angles, angles), dim=-1)                           # pair i is channels i and i + K/2
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
-
 def rotate(x, cos, sin):
     """Turn each pair (x[i], x[i + K/2]) by its angle. Hugging Face's split halves, not interleaved pairs: (N, H, T, K)."""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
-
 @dataclass
 class Block:
-    """A block of tokens on its way through the layers: where it stands and what it may attend to.
-
-    A block of one token is a decoding step: it attends to the cache. A longer one is a prompt: it attends to itself.
-    """
+    """A block of tokens on its way through the layers: where it stands and what it may attend to. With a cache, a block of one
+    token is a decoding step and attends to the cache; a longer one is a prompt and attends to itself."""
     cos: torch.Tensor                        # (N or 1, 1, T, K)
     sin: torch.Tensor
     mask: torch.Tensor | None = None         # True: may attend; (T, T) or (N, 1, 1, width). None: all that is causal
@@ -130,9 +119,9 @@ class Block:
 
     def take(self, on):
         """The same block with rows `on` only."""
-        row = lambda x: x if x is None or x.shape[0] == 1 else x[on]
-        mask = self.mask if self.mask is None or self.mask.dim() == 2 else self.mask[on]
-        return replace(self, cos=row(self.cos), sin=row(self.sin), mask=mask, last=self.last[on], rows=self.rows[on], slot=self.slot[on])
+        pick = lambda x: x[on] if x is not None and x.dim() == 4 and len(x) > 1 else x      # not what all rows share
+        return replace(self, cos=pick(self.cos), sin=pick(self.sin), mask=pick(self.mask),
+                       last=self.last[on], rows=self.rows[on], slot=self.slot[on])
 
     def tail(self, x):
         """Each row's last valid token: (N, T, D) -> (N, D)."""
@@ -142,26 +131,23 @@ class Block:
         """Write the block's keys and values (N, G, T, K) into one layer's cache (2, rows, G, S, K); return those to attend to."""
         if k.shape[2] > 1:                   # a prompt: every slot takes the last token that falls to it
             slot = self.slot[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
-            kv[0, self.rows, :, :slot.shape[2]], kv[1, self.rows, :, :slot.shape[2]] = k.gather(2, slot), v.gather(2, slot)
+            kv[0, self.rows], kv[1, self.rows] = k.gather(2, slot), v.gather(2, slot)
             return k, v
         kv[0, self.rows, :, self.slot], kv[1, self.rows, :, self.slot] = k[:, :, 0], v[:, :, 0]
         seen = kv[:, :, :, :self.width]
         return seen if len(self.rows) == kv.shape[1] else seen[:, self.rows]
-
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; Qwen3 also normalises each head's queries and keys."""
 
     def __init__(self, config):
         super().__init__()
-        D, K, self.head_dim = config.hidden_size, config.head_dim, config.head_dim
-        self.q_proj = nn.Linear(D, config.num_attention_heads * K, bias=False)
-        self.k_proj = nn.Linear(D, config.num_key_value_heads * K, bias=False)
-        self.v_proj = nn.Linear(D, config.num_key_value_heads * K, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * K, D, bias=False)
-        qwen3 = config.model_type == "qwen3"
-        self.q_norm = RMSNorm(K, config.rms_norm_eps) if qwen3 else nn.Identity()
-        self.k_norm = RMSNorm(K, config.rms_norm_eps) if qwen3 else nn.Identity()
+        D, K, H, G = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = K
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(D, heads * K, bias=False) for heads in (H, G, G))
+        self.o_proj = nn.Linear(H * K, D, bias=False)
+        norm = (lambda: RMSNorm(K, config.rms_norm_eps)) if config.model_type == "qwen3" else nn.Identity
+        self.q_norm, self.k_norm = norm(), norm()
 
     def forward(self, x, block, kv=None):
         heads = lambda y: y.unflatten(-1, (-1, self.head_dim))
@@ -171,23 +157,20 @@ class Attention(nn.Module):
         q, k = rotate(q, block.cos, block.sin), rotate(k, block.cos, block.sin)
         if kv is not None:
             k, v = block.remember(kv, k, v)                             # (N, G, S, K) when decoding
-        causal = block.mask is None and x.shape[1] > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=block.mask, is_causal=causal, enable_gqa=True)
+        y = F.scaled_dot_product_attention(q, k, v, block.mask, is_causal=block.mask is None and x.shape[1] > 1, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))                # (N, T, D)
-
 
 class MLP(nn.Module):
     """SwiGLU."""
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        D, I = config.hidden_size, config.intermediate_size
+        self.gate_proj, self.up_proj = nn.Linear(D, I, bias=False), nn.Linear(D, I, bias=False)
+        self.down_proj = nn.Linear(I, D, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
 
 class Layer(nn.Module):
     def __init__(self, config):
@@ -201,7 +184,6 @@ class Layer(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), block, kv)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-
 class Layers(nn.ModuleList):
     """A stack of layers; its cache is (L, 2, rows, G, S, K)."""
 
@@ -213,15 +195,11 @@ class Layers(nn.ModuleList):
             x = layer(x, block, None if kv is None else kv[i])
         return x
 
-
 # ---- what LoopUS adds: the gate, and three names for the parts ------------------------------------------------------
 
 class Gate(nn.Module):
-    """Selective gate: how far each channel of each token opens to the proposal M(h), from δ = M(h) - h (eq. 3, 4).
-
-    Mamba's step size, with a state of one: Δ = softplus(W_Δ δ + b_Δ), W_Δ of rank r = ceil(D / 16), and α = exp(Δ ⊙ A) with
-    A = -exp(A_log). In the gate's own dtype (fp32), whatever the model's.
-    """
+    """Selective gate: how far each channel of each token opens to the proposal M(h), from δ = M(h) - h (eq. 3, 4): as in Mamba,
+    Δ = softplus(W_Δ δ + b_Δ), W_Δ of rank r = ceil(D / 16), and α = exp(Δ ⊙ A), A = -exp(A_log). In fp32, whatever the model's dtype."""
 
     def __init__(self, config):
         super().__init__()
@@ -237,8 +215,7 @@ class Gate(nn.Module):
         """`paper`: the released initialisation; mean α at δ = 0 is 0.25 at D = 576, 0.05 at D = 4096: mostly shut.
         `open`: α = 0.9 in every channel, whatever δ: one loop is nearly the pretrained model, since a mix that is the same in
         every channel hardly moves the direction of h, which is all that the next norm sees."""
-        if init not in ("paper", "open"):
-            raise InputError(f"gate init {init!r}: expected paper or open")
+        require(init in ("paper", "open"), f"gate init {init!r}: expected paper or open")
         D, r = self.delta_proj.weight.shape
         self.dt_input_proj.reset_parameters()
         if init == "paper":
@@ -256,7 +233,6 @@ class Gate(nn.Module):
         step = F.softplus(self.delta_proj(self.dt_input_proj(delta)))   # Δ, eq. 3
         return torch.exp(-step * self.A_log.exp())                      # α, eq. 4
 
-
 class Encoder(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -266,13 +242,11 @@ class Encoder(nn.Module):
     def forward(self, ids, block, kv=None):
         return self.layers(self.embed_tokens(ids), block, kv)           # (N, T) -> (N, T, D)
 
-
 class Reasoning(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.layers = Layers(config, config.reasoning_layers)
         self.gate = Gate(config)
-
 
 class Decoder(nn.Module):
     def __init__(self, config):
@@ -284,16 +258,14 @@ class Decoder(nn.Module):
     def head(self, h):
         return self.lm_head(self.norm(h))                               # (..., D) -> (..., V)
 
-
 # ---- generation: the caches, the stopping rules, the sampling -------------------------------------------------------
 
-class Cache:
-    """Keys and values of all tokens so far: one slot set for E, one per loop depth for M, one for D (eq. 14-19).
+HALTS = ("confidence", "convergence", "cdf", "argmax", "kl", "none")
 
-    At depth b a token attends, for every earlier token, to the keys and values that one made at depth b, or at its last
-    depth if it stopped before (`fill`). With `depths` = 1 every loop overwrites the token's own entry instead (kv="shared").
-    S slots are a ring: with a window, the newest token takes the place of the oldest.
-    """
+class Cache:
+    """Keys and values of all tokens so far: one set for E, one per loop depth for M, one for D (eq. 14-19). At depth b a token
+    attends, for every earlier token, to what that one made at depth b, or at its last depth if it stopped before (`fill`). With
+    one depth (kv="shared") every loop overwrites the token's own entry. S slots are a ring: the newest takes the oldest's place."""
 
     def __init__(self, config, rows, size, depths, like):
         shape = (2, rows, config.num_key_value_heads, size, config.head_dim)
@@ -309,17 +281,12 @@ class Cache:
         else:
             kv[loops:, :, :, rows, :, block.slot] = kv[loops - 1:loops, :, :, rows, :, block.slot]
 
-
 @dataclass
 class Step:
     """One new token a row. A row that has ended gives eos_id, 0 loops and confidence 0."""
     tokens: torch.Tensor                     # (N,)
     loops: torch.Tensor                      # (N,) loops run by the pass that produced the token
     confidence: torch.Tensor                 # (N,) q after the last of them
-
-
-HALTS = ("confidence", "convergence", "cdf", "argmax", "kl", "none")
-
 
 def sample(logits, noise, temperature, top_k, top_p):
     """Next tokens (N,) from logits (N, V). `noise`: one random generator a row, so that a row draws what it draws alone."""
@@ -335,7 +302,6 @@ def sample(logits, noise, temperature, top_k, top_p):
     waits = torch.stack([torch.empty_like(logits[0]).exponential_(generator=g) for g in noise])
     return (logits.softmax(-1) / waits).argmax(-1)   # the first of V exponential clocks to ring, rates p: a draw from p
 
-
 # ---- the model ------------------------------------------------------------------------------------------------------
 
 class LoopUS(nn.Module):
@@ -349,35 +315,34 @@ class LoopUS(nn.Module):
 
     def encode(self, ids):
         """h⁰ = E(x): (N, T) -> (N, T, D). Eq. 1."""
-        return self.encoder(ids, self._block(*ids.shape[-2:]))
+        return self.encoder(ids, self._block(ids.shape[-1]))
 
     def loop(self, h):
         """One gated pass of M: (N, T, D) -> hᵇ⁺¹ (N, T, D) and the confidence's logit (N,). Eq. 2-5, 9."""
-        return self._loop(h, self._block(*h.shape[:2]))
+        return self._loop(h, self._block(h.shape[1]))
 
     def decode(self, h):
         """D(h): (N, T, D) -> logits (N, T, V)."""
-        return self.decoder.head(self.decoder.layers(h, self._block(*h.shape[:2])))
+        return self.decoder.head(self.decoder.layers(h, self._block(h.shape[1])))
 
     def forward(self, ids, loops=None):
         """Logits (N, T, V) after exactly `loops` loops (None: config.loops)."""
         loops = self.config.loops if loops is None else loops
-        if loops < 1:
-            raise InputError(f"loops {loops}: expected 1 or more")
+        require(loops >= 1, f"loops {loops}: expected 1 or more")
         h = self.encode(ids)
         for _ in range(loops):
             h, _ = self.loop(h)
         return self.decode(h)
 
+    def pretrained_loop(self, h):
+        """M(h), without the gate: (N, T, D) -> (N, T, D)."""
+        return self.reasoning.layers(h, self._block(h.shape[1]))
+
     def forward_pretrained(self, ids):
         """Logits (N, T, V) of the backbone as it was loaded: E, M once without the gate, D."""
         return self.decode(self.pretrained_loop(self.encode(ids)))
 
-    def pretrained_loop(self, h):
-        """M(h), without the gate: (N, T, D) -> (N, T, D)."""
-        return self.reasoning.layers(h, self._block(*h.shape[:2]))
-
-    def _block(self, N, T, window=None, **where):
+    def _block(self, T, window=None, **where):
         """A block of T tokens from position 0 on. Beyond a window of W, token i attends to i - W + 1 … i only."""
         weight = self.decoder.norm.weight
         positions = torch.arange(T, device=weight.device)
@@ -413,24 +378,20 @@ class LoopUS(nn.Module):
         """
         lengths = [ids.shape[-1]] * len(ids) if lengths is None else torch.as_tensor(lengths).tolist()
         window = self.config.max_position_embeddings if window is None else window
-        unit = halt in ("confidence", "cdf")
-        for ok, problem in (
-                (ids.dim() == 2 and ids.numel() > 0, f"ids of shape {tuple(ids.shape)}: expected (rows, tokens), neither empty"),
-                (len(lengths) == len(ids) and all(1 <= n <= ids.shape[-1] for n in lengths), f"lengths {lengths}: expected one a row, each 1 to {ids.shape[-1]}"),
-                (budget >= 1, f"budget {budget}: expected 1 or more"),
-                (max_new_tokens >= 0, f"max_new_tokens {max_new_tokens}: expected 0 or more"),
-                (halt in HALTS, f"halt {halt!r}: expected one of {', '.join(HALTS)}"),
-                (kv in ("latest", "shared"), f"kv {kv!r}: expected latest or shared"),
-                (0 <= exit_threshold <= (1 if unit else math.inf), f"exit_threshold {exit_threshold}: expected {'0 to 1' if unit else '0 or more'} for halt={halt!r}"),
-                (temperature >= 0, f"temperature {temperature}: expected 0 or more"),
-                (top_k is None or top_k >= 1, f"top_k {top_k}: expected 1 or more"),
-                (top_p is None or 0 < top_p <= 1, f"top_p {top_p}: expected more than 0, at most 1"),
-                (window >= 1, f"window {window}: expected 1 or more")):
-            if not ok:
-                raise InputError(problem)
-        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            raise InputError(f"token ids {ids.min().item()} to {ids.max().item()}: the vocabulary is 0 to {self.config.vocab_size - 1}")
-        seed = torch.seed() if seed is None else seed
+        top = 1 if halt in ("confidence", "cdf") else math.inf
+        require(ids.dim() == 2 and ids.numel() > 0, f"ids of shape {tuple(ids.shape)}: expected (rows, tokens), neither empty")
+        require(len(lengths) == len(ids) and all(1 <= n <= ids.shape[-1] for n in lengths),
+                f"lengths {lengths}: expected one a row, each from 1 to {ids.shape[-1]}")
+        require(0 <= ids.min() and ids.max() < self.config.vocab_size,
+                f"token ids from {ids.min()} to {ids.max()}: the vocabulary is 0 to {self.config.vocab_size - 1}")
+        require(halt in HALTS, f"halt {halt!r}: expected one of {', '.join(HALTS)}")
+        require(kv in ("latest", "shared"), f"kv {kv!r}: expected latest or shared")
+        require(0 <= exit_threshold <= top, f"exit_threshold {exit_threshold}: expected 0 to {top} for halt {halt}")
+        require(temperature >= 0, f"temperature {temperature}: expected 0 or more")
+        require(top_p is None or 0 < top_p <= 1, f"top_p {top_p}: expected more than 0, at most 1")
+        for name, value in (("budget", budget), ("max_new_tokens", max_new_tokens), ("top_k", top_k), ("window", window)):
+            require(value is None or value >= (name != "max_new_tokens"), f"{name} {value}: too small")
+        seed = torch.randint(2**62, ()).item() if seed is None else seed
         noise = [torch.Generator(ids.device).manual_seed(seed + r) for r in range(len(ids))]
         stopping = dict(budget=budget, halt=halt, threshold=exit_threshold)
         return self._generate(ids, torch.tensor(lengths), max_new_tokens, stopping, kv, lambda logits, rows: sample(
@@ -438,29 +399,26 @@ class LoopUS(nn.Module):
 
     @torch.inference_mode()
     def _generate(self, ids, lengths, max_new_tokens, stopping, kv, draw, eos_id, use_cache, window):
-        (N, T), device = ids.shape, ids.device
+        (N, T), device, dtype = ids.shape, ids.device, self.decoder.norm.weight.dtype
         rows, lengths, longest = torch.arange(N, device=device), lengths.to(device), T
-        size = min(window, T + max_new_tokens)
-        cache = Cache(self.config, N, size, stopping["budget"] if kv == "latest" else 1, self.decoder.norm.weight) if use_cache else None
+        size = min(window, T + max_new_tokens)          # S
         slots = torch.arange(size, device=device)
+        cache = Cache(self.config, N, size, stopping["budget"] if kv == "latest" else 1, self.decoder.norm.weight) if use_cache else None
         for step in range(max_new_tokens):
-            if step == 0 or not use_cache:              # everything so far as one block; slot s takes the last token that is s modulo S
-                taken = slots + size * ((lengths[:, None] - 1 - slots) // size)
-                block = self._block(len(ids), ids.shape[1], window, last=lengths - 1, rows=rows, slot=taken.clamp(0, ids.shape[1] - 1), width=size)
-                now = ids
             if use_cache and (step > 0 or T == 1):      # one token a row, at position lengths - 1
-                cos, sin = rotary_angles(lengths[:, None, None] - 1, self.config, self.decoder.norm.weight.dtype)
+                now, at = ids.gather(1, lengths[:, None] - 1), lengths - 1
                 width = min(size, longest)
-                mask = slots[:width] < lengths[:, None, None, None]
-                block = Block(cos, sin, mask, torch.zeros_like(lengths), rows, (lengths - 1) % size, width)
-                now = ids.gather(1, lengths[:, None] - 1)
+                block = Block(*rotary_angles(at[:, None, None], self.config, dtype), slots[:width] <= at[:, None, None, None],
+                              torch.zeros_like(at), rows, at % size, width)
+            else:                                       # all so far as one block; slot s takes the last token that is s modulo S
+                taken = slots + size * ((lengths[:, None] - 1 - slots) // size)
+                now, block = ids, self._block(ids.shape[1], window, last=lengths - 1, rows=rows, slot=taken.clamp(0, ids.shape[1] - 1))
             logits, loops, confidence = self._think(now, block, cache, **stopping)
             tokens = draw(logits, rows)
             yield Step(*(torch.full((N,), fallback, dtype=x.dtype, device=device).index_copy(0, rows, x)
                          for x, fallback in ((tokens, eos_id or 0), (loops, 0), (confidence, 0.0))))
-            if eos_id is not None:
-                going = tokens != eos_id                # a row that has ended leaves the batch
-                rows, ids, lengths, tokens = rows[going], ids[going], lengths[going], tokens[going]
+            if eos_id is not None:                      # a row that has ended leaves the batch
+                rows, ids, lengths, tokens = (x[tokens != eos_id] for x in (rows, ids, lengths, tokens))
                 if len(rows) == 0:
                     return
             ids = torch.cat((ids, ids[:, :1]), dim=1).scatter(1, lengths[:, None], tokens[:, None])
@@ -468,47 +426,34 @@ class LoopUS(nn.Module):
 
     def _think(self, ids, block, cache, budget, halt, threshold):
         """One pass of a block of N rows: encode, loop until each row stops, decode. -> last logits (N, V), loops (N,), q (N,)"""
-        h = self.encoder(ids, block, cache and cache.encoder)                  # (N, T, D)
-        N, device = len(ids), ids.device
-        on = torch.arange(N, device=device)                                    # rows still looping
-        loops, confidence = torch.full((N,), budget, device=device), torch.zeros(N, device=device)
-        doubt, logits = torch.ones(N, device=device), None                     # Π (1 - qʲ)
-
         def decode(h, block):
             return self.decoder.head(block.tail(self.decoder.layers(h, block, cache and cache.decoder)))
 
-        here = block
+        h, N, device = self.encoder(ids, block, cache and cache.encoder), len(ids), ids.device
+        loops, confidence, doubt = torch.full((N,), budget, device=device), torch.zeros(N, device=device), torch.ones(N, device=device)
+        on, here, logits = torch.arange(N, device=device), block, None         # rows still looping, and their block
         for b in range(budget):
-            depth = cache and cache.reasoning[min(b, len(cache.reasoning) - 1)]
             before = h[on]
-            after, q = self._loop(before, here, depth)
-            q = q.sigmoid().float()
-            h = h.index_copy(0, on, after)
+            after, q = self._loop(before, here, cache and cache.reasoning[min(b, len(cache.reasoning) - 1)])
+            h, q = h.index_copy(0, on, after), q.sigmoid().float()
             confidence[on] = q
-            doubt[on] *= 1 - q
+            doubt[on] *= 1 - q                                                 # Π (1 - qʲ)
             if halt in ("argmax", "kl"):
-                new = decode(after, here)
-                old, logits = logits, new if logits is None else logits.index_copy(0, on, new)
-            if halt == "none" or b == budget - 1:
+                new = decode(after, here).float().log_softmax(-1)
+                old, logits = new if logits is None else logits[on], new if logits is None else logits.index_copy(0, on, new)
+            if halt == "none" or b == budget - 1 or (b == 0 and halt in ("argmax", "kl")):
                 continue
-            if halt == "confidence":
-                stop = q >= threshold
-            elif halt == "convergence":
-                stop = here.tail(after - before).float().norm(dim=-1) <= threshold
-            elif halt == "cdf":
-                stop = 1 - doubt[on] >= threshold
-            elif old is None:
-                continue
-            elif halt == "argmax":
-                stop = new.argmax(-1) == old[on].argmax(-1)
-            else:
-                stop = F.kl_div(old[on].float().log_softmax(-1), new.float().log_softmax(-1), log_target=True, reduction="none").sum(-1) <= threshold
-            done, on = on[stop], on[~stop]
-            if len(done):
+            stop = {"confidence": lambda: q >= threshold,
+                    "convergence": lambda: here.tail(after - before).float().norm(dim=-1) <= threshold,
+                    "cdf": lambda: 1 - doubt[on] >= threshold,
+                    "argmax": lambda: new.argmax(-1) == old.argmax(-1),
+                    "kl": lambda: F.kl_div(old, new, reduction="none", log_target=True).sum(-1) <= threshold}[halt]()
+            if stop.any():
+                done, on = on[stop], on[~stop]
                 loops[done] = b + 1
                 if cache and len(cache.reasoning) > 1:
                     cache.fill(b + 1, block.take(done))
                 here = block.take(on)
-            if len(on) == 0:
-                break
+                if len(on) == 0:
+                    break
         return decode(h, block) if logits is None else logits, loops, confidence

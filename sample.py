@@ -14,12 +14,10 @@ from loopus import HALTS, InputError
 
 SHADES = ((231, 16), (195, 16), (153, 16), (111, 16), (69, 231), (27, 231), (20, 231), (17, 231))   # background, text: light is few loops
 
-
 def shade(text, loops, budget):
     """`text` on a background that darkens with the loops it took, as terminal escape codes; line ends stay outside."""
     back, front = SHADES[round((loops - 1) / max(budget - 1, 1) * (len(SHADES) - 1))]
     return "\n".join(f"\x1b[48;5;{back}m\x1b[38;5;{front}m{line}\x1b[0m" if line else "" for line in text.split("\n"))
-
 
 def stream(model, tokenizer, prompt, args, colour, **options):
     """Print a continuation as it comes; -> [(loops, confidence)] of its tokens and the seconds of prompt and of the rest."""
@@ -45,7 +43,6 @@ def stream(model, tokenizer, prompt, args, colour, **options):
         print()
     return made, seconds
 
-
 def summary(made, seconds, budget):
     """Mean loops, a histogram of them, and the speed."""
     if not made:
@@ -56,7 +53,6 @@ def summary(made, seconds, budget):
     lines = [f"{len(loops)} tokens, mean {sum(loops) / len(loops):.2f} of {budget} loops, {speed} a prompt pass of {seconds[0]:.2f} s, mean confidence {sum(q for _, q in made) / len(made):.2f}"]
     lines += [f"{n:5d} loop{' ' if n == 1 else 's'} {counts[n]:5d} {'█' * -(-40 * counts[n] // max(counts.values()))}" for n in sorted(counts)]
     return "\n".join(lines)
-
 
 def parse_args():
     parser = argparse.ArgumentParser(description="Continue a prompt with a looped model, and show how many loops each token took.",
@@ -78,7 +74,6 @@ def parse_args():
     if args.top_p == 0:
         parser.error("--top-p 0: expected more than 0, at most 1")
     return args
-
 
 def main():
     args = parse_args()
@@ -116,7 +111,6 @@ def main():
         base.reasoning.gate.A_log.data.fill_(-torch.inf)     # α = 1: one loop is the pretrained model exactly
         print(f"\npretrained ({source}):\n{args.prompt}", end="", flush=True)
         stream(base, tokenizer, prompt, args, False, budget=1, halt="none")
-
 
 if __name__ == "__main__":
     run(main)

@@ -24,7 +24,6 @@ from loopus import InputError, wide
 
 BUDGETS = (1, 2, 4, 8)                        # loops at which the held-out loss is taken
 
-
 # ---- the method ------------------------------------------------------------------------------------------------------
 
 def next_token_loss(model, h, ids):
@@ -34,7 +33,6 @@ def next_token_loss(model, h, ids):
     targets = torch.cat((ids[:, 1:], torch.full_like(ids[:, :1], -100)), dim=1)      # the last token has no next one
     loss = F.cross_entropy(wide(logits).flatten(0, 1), targets.flatten(), reduction="none").view(N, T).sum(1) / (T - 1)
     return loss, (logits.argmax(-1) == targets).sum(1) / (T - 1)
-
 
 def training_step(model, ids, loops, supervised, scale=1.0):
     """Run up to `loops` loops on ids (N, T); at each index in `supervised` add the gradient of that one loop's losses to .grad.
@@ -65,7 +63,6 @@ def training_step(model, ids, loops, supervised, scale=1.0):
         records.append({"loop": b, "lm": lm.mean().item(), "mono": mono.mean().item(), "q": q.mean().item()})
     return records
 
-
 def control_step(model, ids, scale=1.0):
     """The control: the same layers trained plainly, as one pass of the backbone, on the same tokens."""
     with torch.no_grad():
@@ -74,11 +71,9 @@ def control_step(model, ids, scale=1.0):
     (loss * scale).backward()
     return [{"loop": 0, "lm": loss.item(), "mono": 0.0, "q": 0.0}]
 
-
 def plain_loss(model, h, ids):
     """Mean L_LM of the backbone as one ungated pass, from h⁰."""
     return next_token_loss(model, model.pretrained_loop(h), ids)[0].mean()
-
 
 @torch.no_grad()
 def evaluate(model, rows, batch_size, plain):
@@ -94,7 +89,6 @@ def evaluate(model, rows, batch_size, plain):
             if b in BUDGETS:
                 sums[str(b)] += next_token_loss(model, h, ids)[0].sum().item()
     return {name: total / len(rows) for name, total in sums.items()}
-
 
 # ---- the training loop -----------------------------------------------------------------------------------------------
 
@@ -123,14 +117,12 @@ def fp32_masters(model, dtype):
             pairs.append((p, master))
     return pairs
 
-
 def learning_rate(step, steps, peak, warmup):
     """Linear warm-up (at most a tenth of the steps), then one cosine to zero; step from 0."""
     warmup = min(warmup, steps // 10)
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-
 
 def save_checkpoint(model, tokenizer, out, step, keep):
     """out/step-000123 in the published layout, written beside and renamed; older ones beyond the newest `keep` go."""
@@ -144,7 +136,6 @@ def save_checkpoint(model, tokenizer, out, step, keep):
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
-
 
 def parse_args():
     parser = argparse.ArgumentParser(description="Recast a pretrained model and train it with random deep supervision.",
@@ -176,7 +167,6 @@ def parse_args():
             parser.error(f"--{flag} is needed: a {'backbone directory' if flag == 'model' else 'text file'}")
     args.out = args.out or Path("out") / Path(args.model).name
     return args
-
 
 def main():
     args = parse_args()
@@ -263,7 +253,6 @@ def main():
             hold(step + 1)
             print(f"      saved {save_checkpoint(model, tokenizer, args.out, step + 1, args.keep)}", flush=True)
     print(f"{tokens} tokens in {time.perf_counter() - started:.0f} s")
-
 
 if __name__ == "__main__":
     run(main)

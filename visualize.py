@@ -4,6 +4,7 @@
 
 trajectories.png  Fig. 7: per prompt the PCA of h⁰ … hᴮ of the last token, the gate's α, the distances between successive states
 profile.png       Fig. 1: what each pretrained layer does to the state, with the split in use and the split that the rule proposes
+runs.png          with --runs: held-out loss of several training runs beside each other
 budget.png        held-out loss by number of loops     } from --data, or from the log.jsonl of the model's training run
 training.png      losses and held-out loss by step     }
 """
@@ -28,14 +29,12 @@ PROMPTS = ("32 * 64 =", "82 *64 + 21 =", "404 Not Found in the system 404 The ne
 LINES = (("#0072B2", "-", "o"), ("#D55E00", "--", "s"), ("#009E73", "-.", "^"), ("#CC79A7", ":", "D"), ("#000000", (0, (5, 1)), "v"))   # Okabe and Ito's colours
 plt.rcParams.update({"figure.dpi": 130, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9, "legend.frameon": False})
 
-
 def pca(states):
     """States (P, D) -> their first two principal components (P, 2) and each one's share of the variance."""
     centred = states.double() - states.double().mean(0)
     u, s, _ = torch.linalg.svd(centred, full_matrices=False)
     share = s.square() / s.square().sum().clamp(min=1e-300)
     return (u * s)[:, :2], share[:2].tolist()
-
 
 def draw_pca(ax, states, name):
     """A path through successive states, coloured by index, arrows between them, start and end marked."""
@@ -51,12 +50,10 @@ def draw_pca(ax, states, name):
     ax.margins(0.12)
     ax.figure.colorbar(dots, ax=ax, label=name, ticks=MaxNLocator(integer=True))
 
-
 def distances(states):
     """1 - cos and Euclidean distance of successive states: (P, …, D) -> two (P - 1, …)."""
     a, b = states[:-1].double(), states[1:].double()
     return 1 - torch.cosine_similarity(a, b, dim=-1), (b - a).norm(dim=-1)
-
 
 @torch.inference_mode()
 def follow(model, ids, loops):
@@ -70,7 +67,6 @@ def follow(model, ids, loops):
         states.append(h[0, -1].float())
     hook.remove()
     return torch.stack(states).cpu(), torch.stack(alphas).cpu()
-
 
 def trajectories(model, prompts, loops, path):
     """Fig. 7; prompts: [(text, ids (1, T))]."""
@@ -95,7 +91,6 @@ def trajectories(model, prompts, loops, path):
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     finish(fig, path)
 
-
 @torch.inference_mode()
 def layer_states(model, batches):
     """What goes into the first layer and comes out of each, over all tokens of some ids (N, T): (layers + 1, tokens, D)."""
@@ -111,7 +106,6 @@ def layer_states(model, batches):
         states.append(torch.stack(kept).flatten(1, 2).cpu())
     return torch.cat(states, dim=1)
 
-
 def propose_split(change):
     """Encoder: the leading layers that turn the state (1 - cos) more than twice as far as the median layer; decoder: the trailing
     ones. At least one each, and a layer left between them. The paper's rule is qualitative (section 3.1); this is one reading."""
@@ -120,7 +114,6 @@ def propose_split(change):
     trail = next((i for i, b in enumerate(reversed(busy)) if not b), len(busy))
     encoder = min(max(lead, 1), len(busy) - 2)
     return encoder, min(max(trail, 1), len(busy) - encoder - 1)
-
 
 def profile(model, batches, path):
     """Fig. 1: 1 - cos(h_l, h_l+1) and ‖h_l+1 - h_l‖₂ per layer, means over tokens; PCA of the mean states. -> the proposed split"""
@@ -143,7 +136,6 @@ def profile(model, batches, path):
     finish(fig, path)
     return proposed
 
-
 @torch.inference_mode()
 def loss_by_budget(model, batches, loops):
     """Held-out loss of the ids: {loops run: nats a token}, and the ungated pass under "pretrained"."""
@@ -158,7 +150,6 @@ def loss_by_budget(model, batches, loops):
         count += len(ids)
     return {name: total / count for name, total in sums.items()}
 
-
 def draw_budget(losses, reference, path):
     fig, ax = plt.subplots(figsize=(5.5, 3.8), layout="constrained")
     ax.plot(list(losses), list(losses.values()), color="#0072B2", marker="o", label="looped")
@@ -167,7 +158,6 @@ def draw_budget(losses, reference, path):
     ax.minorticks_off()
     ax.legend()
     finish(fig, path)
-
 
 def draw_training(records, path):
     """Training losses by step, and the held-out loss of every evaluation."""
@@ -186,13 +176,32 @@ def draw_training(records, path):
     right.legend()
     finish(fig, path)
 
+def draw_runs(runs, path):
+    """Held-out loss by step of several runs {name: log records}, one panel a budget; a control run is one line in all of them."""
+    evals = {name: [r for r in records if "eval" in r] for name, records in runs.items()}
+    looped = [name for name in evals if "control" not in evals[name][0]["eval"]]
+    budgets = list(dict.fromkeys(b for name in evals for b in evals[name][0]["eval"] if b.isdigit())) or ["1"]
+    fig, axes = plt.subplots(1, len(budgets), figsize=(3.2 * len(budgets), 3.6), layout="constrained", squeeze=False)
+    for ax, budget in zip(axes[0], budgets):
+        for (name, points), (colour, style, marker) in zip(evals.items(), LINES):
+            key = budget if name in looped else "control"
+            ax.plot([r["step"] for r in points], [r["eval"][key] for r in points], color=colour, ls=style, marker=marker, ms=4, label=name)
+        ax.axhline(next(iter(evals.values()))[0]["eval"]["pretrained"], color="0.6", lw=1, label="pretrained")
+        ax.set(title=f"{budget} loop{'s' * (budget != '1')}", xlabel="optimizer step", yscale="log")
+        ax.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%.1f"))
+        ax.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%.1f"))
+    axes[0, 0].set_ylabel("held-out loss (nats a token)")
+    axes[0, 0].legend()
+    finish(fig, path)
 
 def read_log(path):
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a training log ({error})") from None
-
+    if not any("eval" in record for record in records):
+        raise InputError(f"{path}: no evaluation in it yet")
+    return records
 
 def finish(fig, path):
     """Write a figure beside and rename it."""
@@ -211,7 +220,6 @@ def finish(fig, path):
         plt.close(fig)
     print(f"wrote {path}")
 
-
 def main():
     parser = argparse.ArgumentParser(description="Draw what the loops do.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_model_flags(parser, "preset, directory or hub id (default: the newest checkpoint below out/)")
@@ -219,7 +227,11 @@ def main():
     parser.add_argument("--loops", type=number(int, 1), default=20)
     parser.add_argument("--data", help="text for the stage profile and the loss by budget: .txt, .jsonl, .jsonl.gz, .jsonl.xz or .parquet")
     parser.add_argument("--out", type=Path, default=Path("figures"))
+    parser.add_argument("--runs", type=Path, nargs="+", metavar="DIR", help="compare training runs by their log.jsonl (runs.png), and draw nothing else")
     args = parser.parse_args()
+    if args.runs:
+        draw_runs({run.name: read_log(run / "log.jsonl") for run in args.runs}, args.out / "runs.png")
+        return
     args.model = args.model or newest_checkpoint()
     if args.model is None:
         raise InputError("--model: no checkpoint below out/ to take; name a directory, or train one first (python train.py)")
@@ -257,7 +269,6 @@ def main():
         draw_training(records, args.out / "training.png")
     else:
         print(f"no training.png: no {log}")
-
 
 if __name__ == "__main__":
     run(main)
