@@ -47,6 +47,9 @@ def run(main):
         sys.exit(130)
     except BrokenPipeError:                   # `python sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:                  # a full disk while the log is written, say
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 def number(kind, low, high=float("inf")):
     """An argparse type: a number from low to high."""
@@ -104,8 +107,7 @@ def read_json(path):
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    require(isinstance(value, dict), f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
 
 def read_config(path, split=None):
@@ -137,9 +139,10 @@ def read_config(path, split=None):
             stored = len(parts[0]), len(parts[2])
             require(split in (None, stored), f"--split {split and split[0]},{split and split[1]}: "
                     f"this LoopUS checkpoint is split {stored[0]},{stored[1]} already; leave --split out")
-            split = stored
-            fields |= {"recast": True, "loops": raw.get("N", 20), "exit_threshold": raw.get("q_threshold", 0.6),
-                       "base_model": raw.get("base_model_name_or_path", "")}
+            split, loops, threshold = stored, raw.get("N", 20), raw.get("q_threshold", 0.6)
+            require(type(loops) is int and loops > 0, f"N is {loops!r}: expected a positive whole number")
+            require(isinstance(threshold, (int, float)) and 0 <= threshold <= 1, f"q_threshold is {threshold!r}: expected 0 to 1")
+            fields |= {"from_checkpoint": True, "loops": loops, "exit_threshold": threshold, "base_model": str(raw.get("base_model_name_or_path") or "")}
         encoder, decoder = split or (1, 1)
         return LoopUSConfig(encoder_layers=encoder, decoder_layers=decoder, **fields)
     except InputError as error:
@@ -223,12 +226,12 @@ def load_model(directory, split=None, device=None, dtype=None):
     directory = Path(directory)
     config = read_config(directory / "config.json", split)
     files = {name: (path, name) for name, path in tensor_files(directory).items() if not name.endswith("rotary_emb.inv_freq")}
-    if config.recast:                                    # early checkpoints call the block plateau
+    if config.from_checkpoint:                                    # early checkpoints call the block plateau
         files = {re.sub(r"^plateau\.", "reasoning.", name): place for name, place in files.items()}
     with torch.device("meta"), NoInit():
         model = LoopUS(config)
-    wanted = {name: name if config.recast else backbone_name(name, config) for name in model.state_dict() if config.recast or not name.startswith(ADDED)}
-    if not config.recast and "lm_head.weight" not in files and read_json(directory / "config.json").get("tie_word_embeddings", False):
+    wanted = {name: name if config.from_checkpoint else backbone_name(name, config) for name in model.state_dict() if config.from_checkpoint or not name.startswith(ADDED)}
+    if not config.from_checkpoint and "lm_head.weight" not in files and read_json(directory / "config.json").get("tie_word_embeddings", False):
         wanted["decoder.lm_head.weight"] = "model.embed_tokens.weight"   # a tied head: a copy, to be trained alone
     missing, extra = [name for name in wanted.values() if name not in files], sorted(set(files) - set(wanted.values()))
     require(not missing, f"{directory}: {len(missing)} tensors of this architecture are not in its files, {missing[:1]} first")
@@ -242,7 +245,7 @@ def load_model(directory, split=None, device=None, dtype=None):
         path, key = files[source]
         tensor = read_tensor(path, key, shapes[name], device or "cpu", torch.float32 if name.startswith(ADDED) else dtype)
         model.load_state_dict({name: tensor}, strict=False, assign=True)
-    if not config.recast:
+    if not config.from_checkpoint:
         for module in (model.reasoning.gate, model.q_head):
             module.to_empty(device=device or "cpu")
         for module in (model.reasoning.gate, *model.q_head):
@@ -260,7 +263,7 @@ def load(name, *, split=None, device=None, dtype=None):
     if split is None and known is None and not is_recast(directory):
         print(f"{name}: no split is known for this model; 1 encoder and 1 decoder layer (--split E,D sets it)", file=sys.stderr)
     model = load_model(directory, split or known, device, dtype)
-    if not model.config.recast and not Path(name).is_dir():
+    if not model.config.from_checkpoint and not Path(name).is_dir():
         model.config.base_model = PRESETS.get(name, (name,))[0]      # the hub's name, not this machine's cache
     return model, Tokenizer(directory) if (directory / "tokenizer.json").exists() else None
 
@@ -284,7 +287,8 @@ def is_recast(directory):
 def save(model, tokenizer, directory):
     """Write the published layout: model.safetensors (tensors in the dtype they have), config.json, the tokenizer's files.
 
-    Each file is written beside and renamed, the weights last: what was there stays whole until then. Raises InputError.
+    Each file is written beside and renamed, so that none is ever half written; to replace a whole checkpoint at once, save into a
+    new directory and rename that, as train.py does. Raises InputError.
     """
     directory = Path(directory)
     written = []
@@ -332,7 +336,9 @@ class Tokenizer:
         directory = Path(directory)
         self.path = directory / "tokenizer.json"
         raw = read_json(self.path)
-        options = read_json(directory / "tokenizer_config.json") if (directory / "tokenizer_config.json").exists() else {}
+        options = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            options |= read_json(directory / name) if (directory / name).exists() else {}
         try:
             self._read(raw, options)
         except InputError as error:
@@ -467,9 +473,8 @@ class Tokenizer:
         return "".join(text).removeprefix(" ")
 
 def newest_checkpoint(root="out"):
-    """The LoopUS checkpoint last written below `root`, or None."""
-    found = [path.parent for path in Path(root).glob("**/config.json") if (path.parent / "model.safetensors").exists()]
-    return max(found, key=lambda path: (path / "model.safetensors").stat().st_mtime, default=None)
+    """The checkpoint that train.py last wrote below `root`, or None."""
+    return max(Path(root).glob("**/step-*"), key=lambda path: path.stat().st_mtime, default=None)
 
 # ---- python load_weights.py DIR --------------------------------------------------------------------------------------
 
@@ -486,7 +491,7 @@ def main():
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     print(f"""{directory}
   architecture  {c.model_type}, {c.num_hidden_layers} layers, {c.hidden_size} wide, {c.num_attention_heads} query / {c.num_key_value_heads} key-value heads of {c.head_dim}, context {c.max_position_embeddings}
-  kind          {'LoopUS checkpoint' if is_recast(directory) else 'plain backbone (gate and head are new, untrained)'}
+  kind          {'LoopUS checkpoint' if c.from_checkpoint else 'plain backbone (gate and head are new, untrained)'}
   encoder       layers 0-{mid - 1}, {count(model.encoder):.1f} M parameters with the embedding of {c.vocab_size}
   reasoning     layers {mid}-{end - 1}, {count(model.reasoning.layers):.1f} M, run up to {c.loops} times; gate {count(model.reasoning.gate):.2f} M, head {count(model.q_head) * 1e3:.1f} k
   decoder       layers {end}-{c.num_hidden_layers - 1}, {count(model.decoder):.1f} M with the output head
@@ -494,11 +499,14 @@ def main():
   tokenizer     {'none' if tokenizer is None else f"{len(tokenizer.vocab)} tokens, {'SentencePiece-style' if tokenizer.byte_fallback else 'byte-level'} BPE, bos {tokenizer.bos_id}{' (added)' if tokenizer.add_bos else ''}, eos {tokenizer.eos_id}"}""")
     if tokenizer is None:
         return
-    ids = torch.tensor([tokenizer.encode(args.prompt, bos=tokenizer.add_bos)])
-    with torch.inference_mode():
-        for _ in range(12):
-            ids = torch.cat((ids, model.forward_pretrained(ids)[:, -1:].argmax(-1)), dim=1)
-    print(f"  continued     {tokenizer.decode(ids[0, tokenizer.add_bos:].tolist())!r}" + (" (backbone, one ungated pass)" if not is_recast(directory) else ""))
+    ids, budget = tokenizer.encode(args.prompt, bos=tokenizer.add_bos), min(c.loops, 8)
+    require(ids, "--prompt: empty; give at least one character")
+    if not c.from_checkpoint:                            # the backbone itself: one loop, the gate wide open
+        model.reasoning.gate.A_log.data.fill_(-torch.inf)
+        budget = 1
+    steps = model.generate(torch.tensor([ids]), 12, budget=budget, halt="none", temperature=0)
+    text = tokenizer.decode(ids[tokenizer.add_bos:] + [step.tokens.item() for step in steps])
+    print(f"  continued     {text!r} ({f'{budget} loops' if c.from_checkpoint else 'the backbone, without the gate'})")
 
 if __name__ == "__main__":
     run(main)

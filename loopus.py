@@ -6,21 +6,20 @@
                      │            │        ▲     (stop once q ≥ q_th)
                      └─── − ──────┴─► δ ───┴─► head ─► q
 
-The first layers of the pretrained model encode once (E), its middle layers become one block that is run again and again
-(M), its last layers decode (D). A selective gate decides, per token and channel, how much of the block's proposal enters
-the state; a confidence head says when to stop. Nothing else is new: no h⁰ is injected again, loops carry no index, and
-the rotary angles are the same at every loop.
+The first layers of the pretrained model encode once (E), its middle layers become one block that is run again and again (M),
+its last layers decode (D). A selective gate decides, per token and channel, how much of the block's proposal enters the state;
+a confidence head says when to stop. h⁰ is not injected again, loops carry no index, rotary angles are the same at every loop.
 
     paper           here                              equation
     E               Encoder, LoopUS.encode            1
-    M, hᵇ⁺¹         Reasoning, LoopUS.loop            2
+    M               Reasoning.layers                  2
     δ, Δ, α         Gate                              3, 4
-    hᵇ⁺¹            LoopUS._loop                      5
+    hᵇ⁺¹            LoopUS.loop                       2-5
     q               q_head, on δ of the last token    9
     D               Decoder, LoopUS.decode            -
     B               config.loops, budget              -
     q_th            config.exit_threshold             9
-    KV cache        Cache, Block                      14-19 (App. A.4)
+    KV cache        Cache, Span                      14-19 (App. A.4)
     loss            train.training_step               10-13
 
 Shapes: N rows of a batch, T tokens, D channels (hidden_size), V vocabulary, H query heads, G key/value heads,
@@ -61,7 +60,7 @@ class LoopUSConfig:
     loops: int = 20                          # B
     exit_threshold: float = 0.6              # q_th
     base_model: str = ""                     # where the backbone came from, for the record
-    recast: bool = False                     # loaded from a LoopUS checkpoint, not fresh from a backbone
+    from_checkpoint: bool = False            # loaded from a LoopUS checkpoint, so gate and head are not fresh
 
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
@@ -106,29 +105,29 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 @dataclass
-class Block:
-    """A block of tokens on its way through the layers: where it stands and what it may attend to. With a cache, a block of one
+class Span:
+    """Tokens on their way through the layers together: where they stand and what they may attend to. With a cache, a span of one
     token is a decoding step and attends to the cache; a longer one is a prompt and attends to itself."""
     cos: torch.Tensor                        # (N or 1, 1, T, K)
     sin: torch.Tensor
     mask: torch.Tensor | None = None         # True: may attend; (T, T) or (N, 1, 1, width). None: all that is causal
     last: torch.Tensor | None = None         # (N,) index of each row's last valid token; None: T - 1
-    rows: torch.Tensor | None = None         # (N,) the rows of the cache that the block's rows stand for
-    slot: torch.Tensor | None = None         # one token: (N,) the slot it takes. A prompt: (N, S) the token each slot takes
+    rows: torch.Tensor | None = None         # (N,) the rows of the cache that its rows stand for
+    slot: torch.Tensor | None = None         # one token: (N,) the slot it is written to. A prompt: (N, S) the token each slot stores
     width: int = 0                           # slots of the cache in use
 
-    def take(self, on):
-        """The same block with rows `on` only."""
-        pick = lambda x: x[on] if x is not None and x.dim() == 4 and len(x) > 1 else x      # not what all rows share
+    def take(self, active):
+        """The same span with rows `active` only."""
+        pick = lambda x: x[active] if x is not None and x.dim() == 4 and len(x) > 1 else x      # not what all rows share
         return replace(self, cos=pick(self.cos), sin=pick(self.sin), mask=pick(self.mask),
-                       last=self.last[on], rows=self.rows[on], slot=self.slot[on])
+                       last=self.last[active], rows=self.rows[active], slot=self.slot[active])
 
     def tail(self, x):
         """Each row's last valid token: (N, T, D) -> (N, D)."""
         return x[:, -1] if self.last is None else x[torch.arange(len(x), device=x.device), self.last]
 
     def remember(self, kv, k, v):
-        """Write the block's keys and values (N, G, T, K) into one layer's cache (2, rows, G, S, K); return those to attend to."""
+        """Write the span's keys and values (N, G, T, K) into one layer's cache (2, rows, G, S, K); return those to attend to."""
         if k.shape[2] > 1:                   # a prompt: every slot takes the last token that falls to it
             slot = self.slot[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
             kv[0, self.rows], kv[1, self.rows] = k.gather(2, slot), v.gather(2, slot)
@@ -149,15 +148,15 @@ class Attention(nn.Module):
         norm = (lambda: RMSNorm(K, config.rms_norm_eps)) if config.model_type == "qwen3" else nn.Identity
         self.q_norm, self.k_norm = norm(), norm()
 
-    def forward(self, x, block, kv=None):
+    def forward(self, x, span, kv=None):
         heads = lambda y: y.unflatten(-1, (-1, self.head_dim))
         q = self.q_norm(heads(self.q_proj(x))).transpose(1, 2)          # (N, H, T, K)
         k = self.k_norm(heads(self.k_proj(x))).transpose(1, 2)          # (N, G, T, K)
         v = heads(self.v_proj(x)).transpose(1, 2)
-        q, k = rotate(q, block.cos, block.sin), rotate(k, block.cos, block.sin)
+        q, k = rotate(q, span.cos, span.sin), rotate(k, span.cos, span.sin)
         if kv is not None:
-            k, v = block.remember(kv, k, v)                             # (N, G, S, K) when decoding
-        y = F.scaled_dot_product_attention(q, k, v, block.mask, is_causal=block.mask is None and x.shape[1] > 1, enable_gqa=True)
+            k, v = span.remember(kv, k, v)                             # (N, G, S, K) when decoding
+        y = F.scaled_dot_product_attention(q, k, v, span.mask, is_causal=span.mask is None and x.shape[1] > 1, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))                # (N, T, D)
 
 class MLP(nn.Module):
@@ -180,8 +179,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, block, kv=None):
-        x = x + self.self_attn(self.input_layernorm(x), block, kv)
+    def forward(self, x, span, kv=None):
+        x = x + self.self_attn(self.input_layernorm(x), span, kv)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 class Layers(nn.ModuleList):
@@ -190,16 +189,16 @@ class Layers(nn.ModuleList):
     def __init__(self, config, count):
         super().__init__(Layer(config) for _ in range(count))
 
-    def forward(self, x, block, kv=None):
+    def forward(self, x, span, kv=None):
         for i, layer in enumerate(self):
-            x = layer(x, block, None if kv is None else kv[i])
+            x = layer(x, span, None if kv is None else kv[i])
         return x
 
 # ---- what LoopUS adds: the gate, and three names for the parts ------------------------------------------------------
 
 class Gate(nn.Module):
     """Selective gate: how far each channel of each token opens to the proposal M(h), from δ = M(h) - h (eq. 3, 4): as in Mamba,
-    Δ = softplus(W_Δ δ + b_Δ), W_Δ of rank r = ceil(D / 16), and α = exp(Δ ⊙ A), A = -exp(A_log). In fp32, whatever the model's dtype."""
+    Δ = softplus(W_Δ δ + b_Δ), W_Δ of rank r = ceil(D / 16), and α = exp(Δ ⊙ A), A = -exp(A_log). Loading and training keep it in fp32."""
 
     def __init__(self, config):
         super().__init__()
@@ -213,8 +212,7 @@ class Gate(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, init="paper"):
         """`paper`: the released initialisation; mean α at δ = 0 is 0.25 at D = 576, 0.05 at D = 4096: mostly shut.
-        `open`: α = 0.9 in every channel, whatever δ: one loop is nearly the pretrained model, since a mix that is the same in
-        every channel hardly moves the direction of h, which is all that the next norm sees."""
+        `open`: α = 0.9 in every channel, whatever δ: the loss after one loop is the pretrained one within 2 % (docs/smollm2.md)."""
         require(init in ("paper", "open"), f"gate init {init!r}: expected paper or open")
         D, r = self.delta_proj.weight.shape
         self.dt_input_proj.reset_parameters()
@@ -239,8 +237,8 @@ class Encoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = Layers(config, config.encoder_layers)
 
-    def forward(self, ids, block, kv=None):
-        return self.layers(self.embed_tokens(ids), block, kv)           # (N, T) -> (N, T, D)
+    def forward(self, ids, span, kv=None):
+        return self.layers(self.embed_tokens(ids), span, kv)           # (N, T) -> (N, T, D)
 
 class Reasoning(nn.Module):
     def __init__(self, config):
@@ -255,7 +253,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)   # untied: a copy of a tied embedding, trained alone
 
-    def head(self, h):
+    def logits(self, h):
         return self.lm_head(self.norm(h))                               # (..., D) -> (..., V)
 
 # ---- generation: the caches, the stopping rules, the sampling -------------------------------------------------------
@@ -273,13 +271,13 @@ class Cache:
         self.reasoning = like.new_zeros(depths, config.reasoning_layers, *shape)         # (B, L, 2, N, G, S, K)
         self.decoder = like.new_zeros(config.decoder_layers, *shape)
 
-    def fill(self, loops, block):
-        """The block's rows stopped after `loops` loops: its keys and values at the last of them stand for all deeper ones."""
-        kv, rows = self.reasoning, block.rows
-        if block.slot.dim() == 2:            # a prompt
+    def fill(self, loops, span):
+        """The span's rows stopped after `loops` loops: its keys and values at the last of them stand for all deeper ones."""
+        kv, rows = self.reasoning, span.rows
+        if span.slot.dim() == 2:            # a prompt
             kv[loops:, :, :, rows] = kv[loops - 1:loops, :, :, rows]
         else:
-            kv[loops:, :, :, rows, :, block.slot] = kv[loops - 1:loops, :, :, rows, :, block.slot]
+            kv[loops:, :, :, rows, :, span.slot] = kv[loops - 1:loops, :, :, rows, :, span.slot]
 
 @dataclass
 class Step:
@@ -315,15 +313,15 @@ class LoopUS(nn.Module):
 
     def encode(self, ids):
         """h⁰ = E(x): (N, T) -> (N, T, D). Eq. 1."""
-        return self.encoder(ids, self._block(ids.shape[-1]))
+        return self.encoder(ids, self._span(ids.shape[-1]))
 
     def loop(self, h):
         """One gated pass of M: (N, T, D) -> hᵇ⁺¹ (N, T, D) and the confidence's logit (N,). Eq. 2-5, 9."""
-        return self._loop(h, self._block(h.shape[1]))
+        return self._loop(h, self._span(h.shape[1]))
 
     def decode(self, h):
         """D(h): (N, T, D) -> logits (N, T, V)."""
-        return self.decoder.head(self.decoder.layers(h, self._block(h.shape[1])))
+        return self.decoder.logits(self.decoder.layers(h, self._span(h.shape[1])))
 
     def forward(self, ids, loops=None):
         """Logits (N, T, V) after exactly `loops` loops (None: config.loops)."""
@@ -336,35 +334,35 @@ class LoopUS(nn.Module):
 
     def pretrained_loop(self, h):
         """M(h), without the gate: (N, T, D) -> (N, T, D)."""
-        return self.reasoning.layers(h, self._block(h.shape[1]))
+        return self.reasoning.layers(h, self._span(h.shape[1]))
 
     def forward_pretrained(self, ids):
         """Logits (N, T, V) of the backbone as it was loaded: E, M once without the gate, D."""
         return self.decode(self.pretrained_loop(self.encode(ids)))
 
-    def _block(self, T, window=None, **where):
-        """A block of T tokens from position 0 on. Beyond a window of W, token i attends to i - W + 1 … i only."""
+    def _span(self, T, window=None, **where):
+        """T tokens from position 0 on. Beyond a window of W, token i attends to i - W + 1 … i only."""
         weight = self.decoder.norm.weight
         positions = torch.arange(T, device=weight.device)
         ago = positions[:, None] - positions
         mask = (ago >= 0) & (ago < window) if window is not None and window < T else None
         cos, sin = rotary_angles(positions, self.config, weight.dtype)
-        return Block(cos[None, None], sin[None, None], mask, **where)
+        return Span(cos[None, None], sin[None, None], mask, **where)
 
-    def _loop(self, h, block, kv=None):
+    def _loop(self, h, span, kv=None):
         gate = self.reasoning.gate
-        m, state = (x.to(gate.A_log.dtype) for x in (self.reasoning.layers(h, block, kv), h))
+        m, state = (x.to(gate.A_log.dtype) for x in (self.reasoning.layers(h, span, kv), h))
         delta = m - state                                       # δ = M(h) - h, eq. 3
         alpha = gate(delta)                                     # eq. 3, 4
         mixed = alpha * m + (1 - alpha) * state                 # eq. 5
-        return mixed.to(h.dtype), self.q_head(block.tail(delta)).squeeze(-1)
+        return mixed.to(h.dtype), self.q_head(span.tail(delta)).squeeze(-1)
 
     def generate(self, ids, max_new_tokens, *, lengths=None, budget=8, exit_threshold=0.6, halt="confidence", kv="latest",
                  temperature=1.0, top_k=None, top_p=None, eos_id=None, seed=None, use_cache=True, window=None):
         """Continue prompts; an iterator of `Step`, one a new token.
 
         ids (N, T), padded on the right; lengths (N,) the valid tokens of each row (None: all). A token's pass runs up to
-        `budget` loops and stops by `halt`, each row by itself; a prompt is one block that stops by its last token:
+        `budget` loops and stops by `halt`, each row by itself; a prompt's tokens stop together, by the last one:
           confidence   q >= exit_threshold (eq. 9)
           convergence  ‖hᵇ - hᵇ⁻¹‖₂ <= exit_threshold          } App. E
           cdf          1 - Π (1 - qʲ) >= exit_threshold        }
@@ -376,7 +374,7 @@ class LoopUS(nn.Module):
         (None: max_position_embeddings). use_cache=False computes every prefix anew, all its tokens looping together.
         Raises InputError for arguments out of range.
         """
-        lengths = [ids.shape[-1]] * len(ids) if lengths is None else torch.as_tensor(lengths).tolist()
+        ids, lengths = ids.long(), [ids.shape[-1]] * len(ids) if lengths is None else torch.as_tensor(lengths).tolist()
         window = self.config.max_position_embeddings if window is None else window
         top = 1 if halt in ("confidence", "cdf") else math.inf
         require(ids.dim() == 2 and ids.numel() > 0, f"ids of shape {tuple(ids.shape)}: expected (rows, tokens), neither empty")
@@ -408,12 +406,12 @@ class LoopUS(nn.Module):
             if use_cache and (step > 0 or T == 1):      # one token a row, at position lengths - 1
                 now, at = ids.gather(1, lengths[:, None] - 1), lengths - 1
                 width = min(size, longest)
-                block = Block(*rotary_angles(at[:, None, None], self.config, dtype), slots[:width] <= at[:, None, None, None],
+                span = Span(*rotary_angles(at[:, None, None], self.config, dtype), slots[:width] <= at[:, None, None, None],
                               torch.zeros_like(at), rows, at % size, width)
-            else:                                       # all so far as one block; slot s takes the last token that is s modulo S
+            else:                                       # all so far; slot s stores the last position that is s modulo S, if any
                 taken = slots + size * ((lengths[:, None] - 1 - slots) // size)
-                now, block = ids, self._block(ids.shape[1], window, last=lengths - 1, rows=rows, slot=taken.clamp(0, ids.shape[1] - 1))
-            logits, loops, confidence = self._think(now, block, cache, **stopping)
+                now, span = ids, self._span(ids.shape[1], window, last=lengths - 1, rows=rows, slot=taken.clamp(0, ids.shape[1] - 1))
+            logits, loops, confidence = self._think(now, span, cache, **stopping)
             tokens = draw(logits, rows)
             yield Step(*(torch.full((N,), fallback, dtype=x.dtype, device=device).index_copy(0, rows, x)
                          for x, fallback in ((tokens, eos_id or 0), (loops, 0), (confidence, 0.0))))
@@ -424,36 +422,36 @@ class LoopUS(nn.Module):
             ids = torch.cat((ids, ids[:, :1]), dim=1).scatter(1, lengths[:, None], tokens[:, None])
             lengths, longest = lengths + 1, longest + 1
 
-    def _think(self, ids, block, cache, budget, halt, threshold):
-        """One pass of a block of N rows: encode, loop until each row stops, decode. -> last logits (N, V), loops (N,), q (N,)"""
-        def decode(h, block):
-            return self.decoder.head(block.tail(self.decoder.layers(h, block, cache and cache.decoder)))
+    def _think(self, ids, span, cache, budget, halt, threshold):
+        """One pass of a span of N rows: encode, loop until each row stops, decode. -> last logits (N, V), loops (N,), q (N,)"""
+        def decode(h, span):
+            return self.decoder.logits(span.tail(self.decoder.layers(h, span, cache and cache.decoder)))
 
-        h, N, device = self.encoder(ids, block, cache and cache.encoder), len(ids), ids.device
-        loops, confidence, doubt = torch.full((N,), budget, device=device), torch.zeros(N, device=device), torch.ones(N, device=device)
-        on, here, logits = torch.arange(N, device=device), block, None         # rows still looping, and their block
+        h, N, device = self.encoder(ids, span, cache and cache.encoder), len(ids), ids.device
+        loops, confidence, not_stopped = torch.full((N,), budget, device=device), torch.zeros(N, device=device), torch.ones(N, device=device)
+        active, active_span, logits = torch.arange(N, device=device), span, None    # rows still looping
         for b in range(budget):
-            before = h[on]
-            after, q = self._loop(before, here, cache and cache.reasoning[min(b, len(cache.reasoning) - 1)])
-            h, q = h.index_copy(0, on, after), q.sigmoid().float()
-            confidence[on] = q
-            doubt[on] *= 1 - q                                                 # Π (1 - qʲ)
-            if halt in ("argmax", "kl"):
-                new = decode(after, here).float().log_softmax(-1)
-                old, logits = new if logits is None else logits[on], new if logits is None else logits.index_copy(0, on, new)
+            before = h[active]
+            after, q = self._loop(before, active_span, cache and cache.reasoning[min(b, len(cache.reasoning) - 1)])
+            h, q = h.index_copy(0, active, after), q.sigmoid().float()
+            confidence[active] = q
+            not_stopped[active] *= 1 - q                                            # Π (1 - qʲ)
+            if halt in ("argmax", "kl"):     # these decode at every loop; D's entry in the cache is overwritten, so the last one stands
+                new = decode(after, active_span).float().log_softmax(-1)
+                old, logits = new if logits is None else logits[active], new if logits is None else logits.index_copy(0, active, new)
             if halt == "none" or b == budget - 1 or (b == 0 and halt in ("argmax", "kl")):
                 continue
             stop = {"confidence": lambda: q >= threshold,
-                    "convergence": lambda: here.tail(after - before).float().norm(dim=-1) <= threshold,
-                    "cdf": lambda: 1 - doubt[on] >= threshold,
+                    "convergence": lambda: active_span.tail(after - before).float().norm(dim=-1) <= threshold,
+                    "cdf": lambda: 1 - not_stopped[active] >= threshold,
                     "argmax": lambda: new.argmax(-1) == old.argmax(-1),
                     "kl": lambda: F.kl_div(old, new, reduction="none", log_target=True).sum(-1) <= threshold}[halt]()
             if stop.any():
-                done, on = on[stop], on[~stop]
+                done, active = active[stop], active[~stop]
                 loops[done] = b + 1
                 if cache and len(cache.reasoning) > 1:
-                    cache.fill(b + 1, block.take(done))
-                here = block.take(on)
-                if len(on) == 0:
+                    cache.fill(b + 1, span.take(done))
+                active_span = span.take(active)
+                if len(active) == 0:
                     break
-        return decode(h, block) if logits is None else logits, loops, confidence
+        return decode(h, span) if logits is None else logits, loops, confidence

@@ -10,7 +10,7 @@ from collections import Counter
 import torch
 
 from load_weights import add_model_flags, find, load, newest_checkpoint, number, pick_device, pick_dtype, run
-from loopus import HALTS, InputError
+from loopus import HALTS, InputError, require
 
 SHADES = ((231, 16), (195, 16), (153, 16), (111, 16), (69, 231), (27, 231), (20, 231), (17, 231))   # background, text: light is few loops
 
@@ -86,13 +86,20 @@ def main():
     model, tokenizer = load(str(args.model), split=args.split, device=device, dtype=dtype)
     if tokenizer is None:
         raise InputError(f"--model {args.model}: no tokenizer.json in it, which text needs")
-    if not model.config.recast:
+    if not model.config.from_checkpoint:
         print(f"warning: {args.model} is a plain backbone; its gate and head are untrained, so expect no sense from it", file=sys.stderr)
     prompt = tokenizer.encode(args.prompt, bos=tokenizer.add_bos)
     if not prompt:
         raise InputError("--prompt: empty, and this tokenizer puts no token in front of a text; give at least one character")
     if len(prompt) + args.max_new_tokens > (context := model.config.max_position_embeddings):
         raise InputError(f"--prompt of {len(prompt)} tokens and --max-new-tokens {args.max_new_tokens}: the model's context is {context}; shorten one of them")
+    source = args.compare or model.config.base_model
+    if args.compare is not None:              # known to be there before anything is generated
+        try:
+            require(source, "")
+            find(source)
+        except InputError:
+            raise InputError(f"--compare: the checkpoint's backbone {source!r} is not here; name its directory: --compare DIR") from None
     default = {"confidence": model.config.exit_threshold, "cdf": model.config.exit_threshold, "convergence": 10.0}.get(args.halt, 0.01)
     colour = sys.stdout.isatty()
     if colour:
@@ -102,11 +109,6 @@ def main():
                            exit_threshold=default if args.threshold is None else args.threshold)
     print("\n" + summary(made, seconds, args.budget))
     if args.compare is not None:
-        source = args.compare or model.config.base_model
-        try:
-            find(source)
-        except InputError:
-            raise InputError(f"--compare: the backbone {source!r} that the checkpoint names is not here; name its directory: --compare DIR") from None
         base, _ = load(source, split=(model.config.encoder_layers, model.config.decoder_layers), device=device, dtype=dtype)
         base.reasoning.gate.A_log.data.fill_(-torch.inf)     # α = 1: one loop is the pretrained model exactly
         print(f"\npretrained ({source}):\n{args.prompt}", end="", flush=True)

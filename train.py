@@ -5,12 +5,13 @@
 `training_step` is the method. The rest is an ordinary training loop: batches, AdamW on fp32 masters, warm-up and one cosine, evaluation.
 """
 import argparse
-import itertools
+import ctypes
 import json
 import math
 import os
 import random
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torch import nn
 
 import data
 from load_weights import ADDED, add_model_flags, load, number, pick_device, pick_dtype, run, save
-from loopus import InputError, wide
+from loopus import InputError, require, wide
 
 BUDGETS = (1, 2, 4, 8)                        # loops at which the held-out loss is taken
 
@@ -40,26 +41,25 @@ def training_step(model, ids, loops, supervised, scale=1.0):
     In all: scale / len(supervised) times the sum over supervised loops of the batch mean of L_LM + L_mono + L_Q, each taken
     per sequence (eq. 10-13). No gradient crosses a loop or reaches the encoder. Returns a record of floats per supervised loop.
     """
-    if not supervised or not set(supervised) <= set(range(loops)):
-        raise InputError(f"supervised loops {sorted(supervised)}: expected some of 0 to {loops - 1}")
+    require(supervised and set(supervised) <= set(range(loops)), f"supervised loops {sorted(supervised)}: expected some of 0 to {loops - 1}")
     with torch.no_grad():
         h = model.encode(ids)                                                        # h⁰, eq. 1: never trained
-    records, before = [], None
+    records, previous_lm = [], None
     for b in range(max(supervised) + 1):                                             # what comes after the last supervised loop changes nothing
         if b not in supervised:
             with torch.no_grad():
                 h, _ = model.loop(h)                                                 # hᵇ⁺¹, eq. 2-5
-            before = None
+            previous_lm = None
             continue
-        if before is None:                                                           # else known: the loop before was supervised too
+        if previous_lm is None:                                                      # else known: the loop before was supervised too
             with torch.no_grad():
-                before, _ = next_token_loss(model, h, ids)                           # the loss that this loop starts from
+                previous_lm, _ = next_token_loss(model, h, ids)                      # of D(hᵇ); at b = 0 of D(h⁰), no loop at all
         h, q_logit = model.loop(h)                                                   # the one loop with gradient
         lm, share = next_token_loss(model, h, ids)                                   # eq. 11
-        mono = F.silu(lm - before)                                                   # eq. 12
+        mono = F.silu(lm - previous_lm)                                              # eq. 12
         q = F.binary_cross_entropy_with_logits(q_logit, share.to(q_logit.dtype), reduction="none")   # eq. 13
         ((lm + mono + q).mean() * (scale / len(supervised))).backward()              # eq. 10
-        h, before = h.detach(), lm.detach()
+        h, previous_lm = h.detach(), lm.detach()
         records.append({"loop": b, "lm": lm.mean().item(), "mono": mono.mean().item(), "q": q.mean().item()})
     return records
 
@@ -95,8 +95,8 @@ def evaluate(model, rows, batch_size, plain):
 def fp32_masters(model, dtype):
     """Freeze E, put the backbone into `dtype`, and return [(parameter, fp32 master)] of all that is trained.
 
-    The optimizer sees masters only: a step of 5e-5 is lost on most bf16 weights. Where a parameter is fp32 it is its own master;
-    else its gradient moves to the master as soon as a backward pass has made it, so that K losses add up in fp32.
+    The optimizer sees masters only: a step of 5e-5 would be rounded away on about 43 % of typical bf16 weights. Where a parameter is
+    fp32 it is its own master; else its gradient moves to the master as soon as a backward pass has made it: K losses add up in fp32.
     """
     pairs = []
     for name, p in model.named_parameters():
@@ -117,6 +117,13 @@ def fp32_masters(model, dtype):
             pairs.append((p, master))
     return pairs
 
+def keep_freed_memory():
+    """Have glibc keep freed buffers (M_MMAP_MAX 0, a large M_TRIM_THRESHOLD): else every buffer of logits comes from the kernel page
+    by page and goes back at once, which is a third of a step on a CPU."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0)
+        libc.mallopt(-1, 2**31 - 1)
+
 def learning_rate(step, steps, peak, warmup):
     """Linear warm-up (at most a tenth of the steps), then one cosine to zero; step from 0."""
     warmup = min(warmup, steps // 10)
@@ -124,14 +131,14 @@ def learning_rate(step, steps, peak, warmup):
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
-def save_checkpoint(model, tokenizer, out, step, keep):
-    """out/step-000123 in the published layout, written beside and renamed; older ones beyond the newest `keep` go."""
-    target, partial = out / f"step-{step:06d}", out / f".step-{step:06d}.partial"
+def save_checkpoint(model, tokenizer, target, keep):
+    """Save as `target`, kind-000123, written beside and renamed; of the folder's older ones of the kind, the newest `keep` stay."""
+    out, partial = target.parent, target.with_name(f".{target.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         save(model, tokenizer, partial)
         os.replace(partial, target)
-        for old in sorted(out.glob("step-*"))[:-keep]:
+        for old in sorted(out.glob(target.name.split("-")[0] + "-*"))[:-keep]:
             shutil.rmtree(old)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -142,7 +149,7 @@ def parse_args():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_model_flags(parser, "preset, directory or hub id of a backbone, or a LoopUS checkpoint to go on from")
     parser.add_argument("--data", help="training text: .txt, .jsonl, .jsonl.gz, .jsonl.xz or .parquet")
-    parser.add_argument("--eval-data", help="held-out text (default: the first documents of --data, which are then not trained on)")
+    parser.add_argument("--eval-data", help="held-out text (default: the first sequences of --data, which are then not trained on)")
     parser.add_argument("--eval-sequences", type=number(int, 1), default=16, help="held-out sequences")
     parser.add_argument("--out", type=Path, help="folder of log and checkpoints (default: out/<model>)")
     # the recipe; the paper's: 3B tokens, about 26 sequences of 1024 a step
@@ -152,7 +159,7 @@ def parse_args():
     parser.add_argument("--seq-len", type=number(int, 2), default=1024, help="tokens of a sequence")
     parser.add_argument("--lr", type=number(float, 0), default=5e-5, help="peak learning rate")
     parser.add_argument("--warmup", type=number(int, 0), default=300, help="warm-up steps, at most a tenth of --steps")
-    parser.add_argument("--clip", type=number(float, 0), default=1.0, help="largest norm of the gradient")
+    parser.add_argument("--clip", type=number(float, 1e-9), default=1.0, help="largest norm of the gradient")
     parser.add_argument("--loops", type=number(int, 1), default=20, help="B, loops of a training step")
     parser.add_argument("--supervised", type=number(int, 1), default=5, help="K, how many of them are supervised")
     parser.add_argument("--gate-init", choices=["paper", "open"], default="paper", help="of a fresh recast's gate")
@@ -165,37 +172,33 @@ def parse_args():
     for flag in ("model", "data"):
         if getattr(args, flag) is None:
             parser.error(f"--{flag} is needed: a {'backbone directory' if flag == 'model' else 'text file'}")
-    args.out = args.out or Path("out") / Path(args.model).name
+    if args.dtype == "float16":
+        parser.error("--dtype float16: its gradients need scaling, which is not built; take bfloat16 or float32")
+    args.out = args.out or Path("out") / Path(args.model).resolve().name
     return args
 
 def main():
     args = parse_args()
-    if any(args.out.glob("step-*")) or (args.out / "log.jsonl").exists():
-        raise InputError(f"--out {args.out}: holds a run already; choose another folder or move it away")
+    kind = "control" if args.control else "step"      # a control's folder is not taken for a LoopUS model by sample.py
+    require(not (args.out / "log.jsonl").exists(), f"--out {args.out}: holds a run already; choose another folder or move it away")
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
     choice = random.Random(args.seed)
     model, tokenizer = load(args.model, split=args.split, device=device)
-    if tokenizer is None:
-        raise InputError(f"--model {args.model}: no tokenizer.json beside it, which text needs")
-    fresh = not model.config.recast
-    if args.seq_len > model.config.max_position_embeddings:
-        raise InputError(f"--seq-len {args.seq_len}: the model's context is {model.config.max_position_embeddings}")
-    if fresh:
+    require(tokenizer, f"--model {args.model}: no tokenizer.json in it, which text needs")
+    require(args.seq_len <= model.config.max_position_embeddings, f"--seq-len {args.seq_len}: the model's context is {model.config.max_position_embeddings}")
+    if model.config.from_checkpoint:
+        print('going on from a LoopUS checkpoint: its gate is kept, and "pretrained" below is its own layers run once, ungated')
+    else:
         model.reasoning.gate.reset_parameters(args.gate_init)
     model.config.loops = args.loops
     pairs = fp32_masters(model, dtype)
     masters = [master for _, master in pairs]
     optimizer = torch.optim.AdamW(masters, lr=args.lr, weight_decay=0.0, fused=device.type in ("cuda", "cpu"))
 
-    texts, skip = data.documents(args.eval_data or args.data), 0
-    if not args.eval_data:                    # the held-out documents are the first of --data; count them
-        counter = itertools.count()
-        texts = (text for text in texts if next(counter) >= 0)
-    rows = data.held_out(texts, tokenizer, args.seq_len, args.eval_sequences).to(device)
-    if not args.eval_data:
-        skip = next(counter)
+    rows = data.held_out(args.eval_data or args.data, tokenizer, args.seq_len, args.eval_sequences).to(device)
+    skip = 0 if args.eval_data else args.eval_sequences
     stream = data.batches(args.data, tokenizer, args.batch_size, args.seq_len, args.seed, skip)
     batch = next(stream)                      # data that cannot be read is found before anything is written
 
@@ -205,23 +208,25 @@ def main():
     except OSError as error:
         raise InputError(f"--out {args.out}: not writable ({error})") from None
 
-    def note(record):
+    def write_log(record):
         log.write(json.dumps(record) + "\n")
         log.flush()
 
-    def hold(step):
+    def report_held_out(step):
         """Evaluate, log, show."""
         found = evaluate(model, rows, args.batch_size, plain=args.control)
         record = {"pretrained": pretrained, **({"control": found["plain"]} if args.control else found)}
-        note({"step": step, "eval": record})
+        write_log({"step": step, "eval": record})
         print("      held-out loss  " + "  ".join(f"{'budget ' * name.isdigit()}{name} {loss:.3f}" for name, loss in record.items()), flush=True)
 
     trained, frozen = (sum(p.numel() for p in ps) / 1e6 for ps in (masters, model.encoder.parameters()))
     print(f"{args.model} on {device}: {trained:.1f} M parameters trained, {frozen:.1f} M frozen (embedding and encoder); {str(dtype).removeprefix('torch.')} "
           f"computation, fp32 masters; {args.steps} steps of {args.batch_size * args.accumulate * args.seq_len} tokens")
     pretrained = evaluate(model, rows, args.batch_size, plain=True)["plain"]
-    hold(0)
+    report_held_out(0)
     print("  step    loss      lm    mono       q      norm        lr   tokens  tok/s      ETA")
+    if device.type == "cpu":
+        keep_freed_memory()
     tokens, started, spent = 0, time.perf_counter(), 0.0
     for step in range(args.steps):
         before = time.perf_counter()
@@ -236,6 +241,7 @@ def main():
                 records += training_step(model, ids, args.loops, set(choice.sample(range(args.loops), args.supervised)), 1 / args.accumulate)
             tokens += ids.numel()
         norm = nn.utils.clip_grad_norm_(masters, args.clip).item()
+        require(math.isfinite(norm), f"step {step + 1}: the gradient is not finite; nothing of this step was kept, the last checkpoint in {args.out} is good; try a smaller --lr")
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
@@ -246,12 +252,12 @@ def main():
         mean = {name: sum(r[name] for r in records) / len(records) for name in ("lm", "mono", "q")}
         loss, speed = sum(mean.values()), tokens / spent
         eta = (args.steps - step - 1) * spent / (step + 1)
-        note({"step": step + 1, "tokens": tokens, "lr": lr, "loss": loss, **mean, "norm": norm, "tokens_per_s": speed})
+        write_log({"step": step + 1, "tokens": tokens, "lr": lr, "loss": loss, **mean, "norm": norm, "tokens_per_s": speed})
         print(f"{step + 1:6d} {loss:7.3f} {mean['lm']:7.3f} {mean['mono']:7.3f} {mean['q']:7.3f} {norm:9.2f} {lr:9.2e} {tokens:8d} {speed:6.0f} "
               f"{int(eta) // 3600:2d}:{int(eta) // 60 % 60:02d}:{int(eta) % 60:02d}", flush=True)
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-            hold(step + 1)
-            print(f"      saved {save_checkpoint(model, tokenizer, args.out, step + 1, args.keep)}", flush=True)
+            report_held_out(step + 1)
+            print(f"      saved {save_checkpoint(model, tokenizer, args.out / f'{kind}-{step + 1:06d}', args.keep)}", flush=True)
     print(f"{tokens} tokens in {time.perf_counter() - started:.0f} s")
 
 if __name__ == "__main__":

@@ -226,6 +226,7 @@ def main():
     parser.add_argument("--prompt", action="append", help="repeatable (default: the paper's four)")
     parser.add_argument("--loops", type=number(int, 1), default=20)
     parser.add_argument("--data", help="text for the stage profile and the loss by budget: .txt, .jsonl, .jsonl.gz, .jsonl.xz or .parquet")
+    parser.add_argument("--sequences", type=number(int, 1), default=16, help="of 256 tokens, taken from the start of --data")
     parser.add_argument("--out", type=Path, default=Path("figures"))
     parser.add_argument("--runs", type=Path, nargs="+", metavar="DIR", help="compare training runs by their log.jsonl (runs.png), and draw nothing else")
     args = parser.parse_args()
@@ -249,7 +250,7 @@ def main():
     text = [ids for _, ids in prompts]
     if args.data:
         length = min(256, model.config.max_position_embeddings)
-        text = data.held_out(data.documents(args.data), tokenizer, length, 16).to(device).split(2)
+        text = data.held_out(args.data, tokenizer, length, args.sequences).to(device).split(2)
     trajectories(model, prompts, args.loops, args.out / "trajectories.png")
     encoder, decoder = profile(model, text, args.out / "profile.png")
     print(f"split in use {model.config.encoder_layers},{model.config.decoder_layers}; proposed {encoder},{decoder} "

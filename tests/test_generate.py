@@ -66,7 +66,7 @@ def reference(model, prompt, count, budget, threshold, halt, kv, window):
                 for i, h in enumerate(states):
                     x, made = stack(model.decoder.layers, h, start + i, see(entries, c.decoder_layers), c, window)
                     entries.append(made)
-                return model.decoder.head(x), entries
+                return model.decoder.logits(x), entries
             logits, entries = decode()
             p = logits.log_softmax(-1)
             stop = {"confidence": q >= threshold, "convergence": moved <= threshold, "cdf": 1 - doubt >= threshold, "none": False,

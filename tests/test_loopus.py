@@ -37,7 +37,7 @@ def test_recurrence_equals_numpy_on_the_papers_equations():
     state = {name: p.detach().numpy() for name, p in model.state_dict().items()}
     h = model.encode(ids)
     for _ in range(5):
-        m = model.reasoning.layers(h, model._block(7)).detach().numpy()
+        m = model.reasoning.layers(h, model._span(7)).detach().numpy()
         old = h.detach().numpy()
         delta = m - old
         pre = delta @ state["reasoning.gate.dt_input_proj.weight"].T @ state["reasoning.gate.delta_proj.weight"].T + state["reasoning.gate.delta_proj.bias"]

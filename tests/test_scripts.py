@@ -137,9 +137,28 @@ def test_documents_start_with_bos_where_the_tokenizer_adds_it():
     assert row[0] == 1 and row.count(1) == 2 and row.count(2) >= 1
 
 
+def test_held_out_sequences_are_not_trained_on(tmp_path):
+    """Of a .txt too, which is one document."""
+    tokenizer = Tokenizer(GOLDEN / "bytelevel")
+    (tmp_path / "a.txt").write_text(" ".join(map(str, range(1000))))
+    rows = list(data.sequences(data.documents(tmp_path / "a.txt"), tokenizer, 32))
+    held = data.held_out(tmp_path / "a.txt", tokenizer, 32, 5)
+    stream = data.batches(tmp_path / "a.txt", tokenizer, 1, 32, seed=0, skip=5)
+    trained = [next(stream)[0].tolist() for _ in range(len(rows) - 5)]
+    assert held.tolist() == rows[:5] and sorted(trained) == sorted(rows[5:])
+    with pytest.raises(InputError, match="held out"):
+        data.held_out(tmp_path / "a.txt", tokenizer, 32, 5000)
+
+def test_a_parquet_column_of_numbers_is_refused(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="int64"):
+        next(data.documents(tmp_path / "a.parquet"))
+
 @pytest.mark.parametrize("name, content, words", [
     ("a.jsonl", b"", "too little text"), ("a.txt", b"", "too little text"), ("a.jsonl", b'{"text": "x"}\n{"txt": 3}\n', "line 2"), ("a.jsonl", b'{"text": 3}\n', "expected a string"),
-    ("a.jsonl", b'{"text": "x"\n', "line 1"), ("a.txt", b"\xff\xfe\x00", "not readable"), ("a.jsonl.gz", b"no gzip", "not readable"), ("a.jsonl.xz", lzma.compress(b"{}" * 999)[:40], "not readable"),
+    ("a.jsonl", b'{"text": "x"\n', "line 1"), ("a.txt", b"\xff\xfe\x00", "not readable"), ("a.jsonl.gz", b"no gzip", "not readable"), ("a.jsonl.gz", gzip.compress(b"{}" * 999)[:12] + b"\xff" * 20, "not readable"), ("a.jsonl.xz", lzma.compress(b"{}" * 999)[:40], "not readable"),
     ("a.parquet", b"PAR1", "not readable"), ("a.csv", b"x", "expected a .txt"), ("a.txt", b"too short", "too little text"), ("missing.txt", None, "not readable")])
 def test_bad_data_is_one_clear_line(tmp_path, backbone, name, content, words):
     if content is not None:

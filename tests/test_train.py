@@ -1,6 +1,8 @@
 """training_step against straight-line computations, and the command as a user runs it."""
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import train
-from conftest import script, small
+from conftest import ROOT, script, small
 from loopus import InputError
 
 
@@ -184,7 +186,7 @@ def test_training_goes_on_from_a_checkpoint_and_control_trains_plainly(trained, 
     assert control.returncode == 0, control.stderr
     evals = [json.loads(line)["eval"] for line in (tmp_path / "control" / "log.jsonl").read_text().splitlines() if "eval" in line]
     assert evals[0]["control"] == evals[0]["pretrained"] and evals[-1]["control"] < evals[0]["control"]
-    before, after = (load_file(d / "step-000004" / "model.safetensors") for d in (out / "a", tmp_path / "control"))
+    before, after = (load_file(d / "model.safetensors") for d in (out / "a" / "step-000004", tmp_path / "control" / "control-000004"))
     assert torch.equal(before["reasoning.gate.A_log"], after["reasoning.gate.A_log"])
     assert not torch.equal(before["decoder.lm_head.weight"], after["decoder.lm_head.weight"])
 
@@ -194,3 +196,12 @@ def test_a_run_is_never_overwritten(trained, backbone, corpus):
     before = (out / "a" / "log.jsonl").read_bytes()
     again = script("train.py", "--model", backbone, "--data", corpus, "--out", out / "a", *RECIPE)
     assert again.returncode == 2 and "holds a run already" in again.stderr and (out / "a" / "log.jsonl").read_bytes() == before
+
+
+def test_a_full_disk_ends_a_run_with_one_line_and_what_it_had(backbone, corpus, tmp_path):
+    code = ("import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); sys.argv = sys.argv[1:]; "
+            "sys.path.insert(0, sys.argv[0].rsplit('/', 1)[0]); runpy.run_path(sys.argv[0], run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT / "train.py"), *map(str, ["--model", backbone, "--data", corpus, "--out", tmp_path / "run", *RECIPE])],
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and "could not be written" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["log.jsonl"]
