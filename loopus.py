@@ -24,7 +24,6 @@ a confidence head says when to stop. h⁰ is not injected again, loops carry no 
 
 Shapes: N rows of a batch, T tokens, D channels (hidden_size), V vocabulary, H query heads, G key/value heads,
 K channels of a head (head_dim), L layers of a stack, S slots of a cache, B loops.
-
 Pretrained parts carry Hugging Face's names, added parts the published LoopUS checkpoints': `state_dict()` is the file.
 """
 import math
@@ -79,7 +78,6 @@ def wide(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 # ---- the backbone: one Llama or Qwen3 layer ------------------------------------------------------------------------
-
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, the norm taken in fp32 whatever the model's dtype."""
 
@@ -141,8 +139,8 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D, K, H, G = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = K
+        D, H, G, self.head_dim = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        K = self.head_dim
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(D, heads * K, bias=False) for heads in (H, G, G))
         self.o_proj = nn.Linear(H * K, D, bias=False)
         norm = (lambda: RMSNorm(K, config.rms_norm_eps)) if config.model_type == "qwen3" else nn.Identity
@@ -195,7 +193,6 @@ class Layers(nn.ModuleList):
         return x
 
 # ---- what LoopUS adds: the gate, and three names for the parts ------------------------------------------------------
-
 class Gate(nn.Module):
     """Selective gate: how far each channel of each token opens to the proposal M(h), from δ = M(h) - h (eq. 3, 4): as in Mamba,
     Δ = softplus(W_Δ δ + b_Δ), W_Δ of rank r = ceil(D / 16), and α = exp(Δ ⊙ A), A = -exp(A_log). Loading and training keep it in fp32."""
@@ -257,7 +254,6 @@ class Decoder(nn.Module):
         return self.lm_head(self.norm(h))                               # (..., D) -> (..., V)
 
 # ---- generation: the caches, the stopping rules, the sampling -------------------------------------------------------
-
 HALTS = ("confidence", "convergence", "cdf", "argmax", "kl", "none")
 
 class Cache:
@@ -295,13 +291,12 @@ def sample(logits, noise, temperature, top_k, top_p):
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
     if top_p is not None:                    # the smallest set of tokens that holds top_p of the probability
         p, order = logits.softmax(-1).sort(descending=True, stable=True)
-        drop = (p.cumsum(-1) - p >= top_p).scatter(-1, order, p.cumsum(-1) - p >= top_p)
-        logits = logits.masked_fill(drop, -torch.inf)
+        drop = p.cumsum(-1) - p >= top_p
+        logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
     waits = torch.stack([torch.empty_like(logits[0]).exponential_(generator=g) for g in noise])
     return (logits.softmax(-1) / waits).argmax(-1)   # the first of V exponential clocks to ring, rates p: a draw from p
 
 # ---- the model ------------------------------------------------------------------------------------------------------
-
 class LoopUS(nn.Module):
     """E, M with its gate, D and the confidence head. Its module tree is the published checkpoints' layout."""
 
@@ -371,8 +366,7 @@ class LoopUS(nn.Module):
           none         never: exactly `budget` loops
         kv: `latest` keeps keys and values per loop depth, `shared` one set (see Cache). temperature 0: argmax. Row r draws
         with seed + r. eos_id ends a row; None: never. window: a token attends to the last `window` tokens, itself included
-        (None: max_position_embeddings). use_cache=False computes every prefix anew, all its tokens looping together.
-        Raises InputError for arguments out of range.
+        (None: max_position_embeddings). use_cache=False computes every prefix anew, its tokens together. Raises InputError.
         """
         ids, lengths = ids.long(), [ids.shape[-1]] * len(ids) if lengths is None else torch.as_tensor(lengths).tolist()
         window = self.config.max_position_embeddings if window is None else window
@@ -391,9 +385,9 @@ class LoopUS(nn.Module):
             require(value is None or value >= (name != "max_new_tokens"), f"{name} {value}: too small")
         seed = torch.randint(2**62, ()).item() if seed is None else seed
         noise = [torch.Generator(ids.device).manual_seed(seed + r) for r in range(len(ids))]
-        stopping = dict(budget=budget, halt=halt, threshold=exit_threshold)
-        return self._generate(ids, torch.tensor(lengths), max_new_tokens, stopping, kv, lambda logits, rows: sample(
-            logits, [noise[r] for r in rows.tolist()], temperature, top_k, top_p), eos_id, use_cache, window)
+        draw = lambda logits, rows: sample(logits, [noise[r] for r in rows.tolist()], temperature, top_k, top_p)
+        stopping = {"budget": budget, "halt": halt, "threshold": exit_threshold}
+        return self._generate(ids, torch.tensor(lengths), max_new_tokens, stopping, kv, draw, eos_id, use_cache, window)
 
     @torch.inference_mode()
     def _generate(self, ids, lengths, max_new_tokens, stopping, kv, draw, eos_id, use_cache, window):
@@ -404,10 +398,9 @@ class LoopUS(nn.Module):
         cache = Cache(self.config, N, size, stopping["budget"] if kv == "latest" else 1, self.decoder.norm.weight) if use_cache else None
         for step in range(max_new_tokens):
             if use_cache and (step > 0 or T == 1):      # one token a row, at position lengths - 1
-                now, at = ids.gather(1, lengths[:, None] - 1), lengths - 1
-                width = min(size, longest)
+                now, at, width = ids.gather(1, lengths[:, None] - 1), lengths - 1, min(size, longest)
                 span = Span(*rotary_angles(at[:, None, None], self.config, dtype), slots[:width] <= at[:, None, None, None],
-                              torch.zeros_like(at), rows, at % size, width)
+                            torch.zeros_like(at), rows, at % size, width)
             else:                                       # all so far; slot s stores the last position that is s modulo S, if any
                 taken = slots + size * ((lengths[:, None] - 1 - slots) // size)
                 now, span = ids, self._span(ids.shape[1], window, last=lengths - 1, rows=rows, slot=taken.clamp(0, ids.shape[1] - 1))

@@ -76,6 +76,7 @@ def trajectories(model, prompts, loops, path):
         draw_pca(left, states, "loop")
         left.set_title(text if len(text) < 50 else text[:49] + "…", parse_math=False)
         at, mean, std = range(1, loops + 1), alphas.mean(1), alphas.std(1)
+        print(f"{text!r}: mean α {mean[0]:.3f} ± {std[0]:.3f} over channels at loop 1, {mean[-1]:.3f} ± {std[-1]:.3f} at loop {loops}")
         middle.plot(at, mean, color="#0072B2", marker="o", ms=3)
         middle.fill_between(at, mean - std, mean + std, color="#0072B2", alpha=0.2)
         middle.set(title="gate α over channels (mean ± std)", xlabel="loop", ylabel="α: share of the new proposal", ylim=(-0.05, 1.05))
