@@ -40,7 +40,7 @@ def documents(path):
     except InputError:
         raise
     except (OSError, EOFError, lzma.LZMAError, zlib.error, ValueError) as error:    # pyarrow's errors and UnicodeDecodeError are ValueErrors
-        raise InputError(f"{path}: not readable ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{path}: not readable ({(str(error) or type(error).__name__).splitlines()[0]})") from None
 
 def text_of(line, where):
     try:

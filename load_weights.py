@@ -84,7 +84,7 @@ def pick_device(name):
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device cpu") from None
+        raise InputError(f"--device {name}: not usable here ({(str(error) or type(error).__name__).splitlines()[0]}); try --device cpu") from None
     return device
 
 def pick_dtype(name, device):
@@ -120,6 +120,7 @@ def read_config(path, split=None):
         if base.get("model_type") == "qwen3":            # what transformers takes where its file is silent
             base = {"head_dim": 128, "num_key_value_heads": 32, "max_position_embeddings": 32768, **base}
         rope = base.get("rope_parameters") or base.get("rope_scaling") or {}
+        require(isinstance(rope, dict), f"rope_parameters is {rope!r}: expected an object")
         kind = rope.get("rope_type", rope.get("type", "default"))
         require(kind == "default", f"rope type {kind!r} is not supported; plain rotary positions are")
         for field, value in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False), ("use_sliding_window", False)):
@@ -265,7 +266,11 @@ def load(name, *, split=None, device=None, dtype=None):
     model = load_model(directory, split or known, device, dtype)
     if not model.config.from_checkpoint and not Path(name).is_dir():
         model.config.base_model = PRESETS.get(name, (name,))[0]      # the hub's name, not this machine's cache
-    return model, Tokenizer(directory) if (directory / "tokenizer.json").exists() else None
+    if not (directory / "tokenizer.json").exists():
+        return model, None
+    tokenizer, size = Tokenizer(directory), model.config.vocab_size
+    require(max(tokenizer.vocab.values()) < size, f"{directory}: tokenizer.json has ids up to {max(tokenizer.vocab.values())}, the model only {size} embeddings")
+    return model, tokenizer
 
 def find(name):
     """A preset, directory or hub id -> (local directory, the preset's split or None)."""
@@ -278,7 +283,7 @@ def find(name):
     try:
         return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"])), split
     except Exception as error:                           # the client's own words: offline, gated, not found
-        raise InputError(f"--model {name}: {source} could not be fetched ({str(error).splitlines()[0]}); give a local directory") from None
+        raise InputError(f"--model {name}: {source} could not be fetched ({(str(error) or type(error).__name__).splitlines()[0]}); give a local directory") from None
 
 def is_recast(directory):
     """Does the directory hold a LoopUS checkpoint (rather than a plain backbone)?"""

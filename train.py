@@ -180,7 +180,7 @@ def parse_args():
 def main():
     args = parse_args()
     kind = "control" if args.control else "step"      # a control's folder is not taken for a LoopUS model by sample.py
-    require(not (args.out / "log.jsonl").exists(), f"--out {args.out}: holds a run already; choose another folder or move it away")
+    require(not any(path.name == "log.jsonl" or path.name.startswith(kind + "-") for path in args.out.glob("*")), f"--out {args.out}: holds a run already; choose another folder or move it away")
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)

@@ -196,6 +196,8 @@ def test_a_run_is_never_overwritten(trained, backbone, corpus):
     before = (out / "a" / "log.jsonl").read_bytes()
     again = script("train.py", "--model", backbone, "--data", corpus, "--out", out / "a", *RECIPE)
     assert again.returncode == 2 and "holds a run already" in again.stderr and (out / "a" / "log.jsonl").read_bytes() == before
+    (out / "mine" / "step-000001").mkdir(parents=True)          # a checkpoint whose log is gone is not rotated away either
+    assert script("train.py", "--model", backbone, "--data", corpus, "--out", out / "mine", *RECIPE).returncode == 2
 
 
 def test_a_full_disk_ends_a_run_with_one_line_and_what_it_had(backbone, corpus, tmp_path):
