@@ -135,7 +135,8 @@ def read_config(path, split=None):
             require(isinstance(fields[field], (int, float)) and fields[field] > 0, f"{field} is {fields[field]!r}: expected a positive number")
         if recast:
             parts = [raw.get(f"{part}_layer_indices") for part in ("encoder", "reasoning", "decoder")]
-            require(all(isinstance(part, list) for part in parts) and sum(parts, []) == list(range(fields["num_hidden_layers"])),
+            order = [i for part in parts if isinstance(part, list) for i in part]
+            require(all(isinstance(part, list) for part in parts) and order == [*range(len(order))] and len(order) == fields["num_hidden_layers"],
                     f"encoder, reasoning and decoder_layer_indices {parts}: expected layers 0 to {fields['num_hidden_layers'] - 1} in order")
             stored = len(parts[0]), len(parts[2])
             require(split in (None, stored), f"--split {split and split[0]},{split and split[1]}: "
@@ -229,6 +230,7 @@ def load_model(directory, split=None, device=None, dtype=None):
     files = {name: (path, name) for name, path in tensor_files(directory).items() if not name.endswith("rotary_emb.inv_freq")}
     if config.from_checkpoint:                                    # early checkpoints call the block plateau
         files = {re.sub(r"^plateau\.", "reasoning.", name): place for name, place in files.items()}
+    require(config.num_hidden_layers <= len(files), f"{directory}: config.json says {config.num_hidden_layers} layers, its files hold only {len(files)} tensors")
     with torch.device("meta"), NoInit():
         model = LoopUS(config)
     wanted = {name: name if config.from_checkpoint else backbone_name(name, config) for name in model.state_dict() if config.from_checkpoint or not name.startswith(ADDED)}
@@ -359,6 +361,7 @@ class Tokenizer:
         self.vocab = dict(model["vocab"])
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         added = {token["content"]: token["id"] for token in raw.get("added_tokens") or []}
+        require(all(isinstance(text, str) for text in added), f"added_tokens {[*added][:3]}: expected strings")
         self.special = {id: text for text, id in added.items()}
         self.inline = {t["content"]: t["id"] for t in raw.get("added_tokens") or [] if not t["special"]}   # found in text always
         self.byte_fallback = bool(model.get("byte_fallback"))
@@ -392,6 +395,7 @@ class Tokenizer:
             raise InputError(f"pre_tokenizer {kinds} is not supported; ByteLevel without add_prefix_space is")
         if kinds == ["Split", "ByteLevel"] and not steps[-1].get("use_regex", True) and "Regex" in steps[0]["pattern"]:
             pattern = steps[0]["pattern"]["Regex"]
+            require(isinstance(pattern, str) and not regex.compile(pattern).match(""), f"split pattern {pattern!r} matches the empty string")
         elif kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
             pattern = GPT2_SPLIT
         elif kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):

@@ -134,6 +134,8 @@ def spoil(directory, how):
         rewrite({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
     elif how == "rope, new":
         rewrite({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}})
+    elif how == "a billion layers":
+        rewrite({"num_hidden_layers": 10 ** 9})
     elif how == "rope is a word":
         rewrite({"rope_parameters": "default"})
     elif how == "small vocabulary":
@@ -155,7 +157,7 @@ def spoil(directory, how):
     ("shape", r"model.layers.2.mlp.up_proj.weight has shape \[79, 48\].*\[80, 48\]"), ("integers", "model.norm.weight is I32"), ("missing", "model.layers.2.mlp.up_proj.weight"),
     ("extra", "model.layers.2.self_attn.q_proj.bias"), ("untied without head", "lm_head.weight"), ("no config", "config.json"), ("config is not JSON", "config.json"),
     ("config is a list", "config.json"), ("config lacks a size", "hidden_size"), ("config has a string", "num_hidden_layers"), ("architecture", "gpt_neox"),
-    ("rope", "yarn"), ("rope, new", "llama3"), ("rope is a word", "rope_parameters"), ("small vocabulary", "97 embeddings"), ("bias", "attention_bias"), ("activation", "gelu"), ("shard", "model-00002-of-00002.safetensors"),
+    ("rope", "yarn"), ("rope, new", "llama3"), ("a billion layers", "only 39 tensors"), ("rope is a word", "rope_parameters"), ("small vocabulary", "97 embeddings"), ("bias", "attention_bias"), ("activation", "gelu"), ("shard", "model-00002-of-00002.safetensors"),
     ("shard without it", "nowhere"), ("index", "weight_map")])
 def test_a_spoilt_model_is_one_clear_line(tmp_path, how, words):
     write_backbone(tmp_path, "llama_gqa", old=True)
