@@ -369,7 +369,6 @@ class Tokenizer:
         pattern, ranks = (self._sentencepiece if self.byte_fallback else self._byte_level)(raw, merges)
         self.pieces = regex.compile(pattern)
         self.bpe = tiktoken.Encoding("loopus", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-        self.plain = all(len(ids) == 1 for ids in self.ids)              # rank -> id needs no splicing
         self.lost = {bytes_[0] for bytes_, rank in ranks.items() if not self.ids[rank]}
 
         def token(name):

@@ -3,7 +3,7 @@
     python visualize.py --model DIR
 
 trajectories.png  Fig. 7: per prompt the PCA of h⁰ … hᴮ of the last token, the gate's α, the distances between successive states
-profile.png       Fig. 1: what each pretrained layer does to the state, with the split in use and the split that the rule proposes
+profile.png       Fig. 1: what each layer, run once, does to the state, with the split in use and the split that the rule proposes
 runs.png          with --runs: held-out loss of several training runs beside each other
 budget.png        held-out loss by number of loops     } from --data, or from the log.jsonl of the model's training run
 training.png      losses and held-out loss by step     }
