@@ -22,7 +22,10 @@ from safetensors.torch import save_file
 from loopus import InputError, LoopUS, LoopUSConfig, require
 
 # name: (hub id or directory, (encoder layers, decoder layers)); the splits are the paper's (App. A.1)
+EMBEDDED = Path(__file__).resolve().parent / "assets"    # what comes with this repository
 PRESETS = {
+    "tiny": (EMBEDDED / "tiny" / "base", (1, 1)),
+    "tiny-loopus": (EMBEDDED / "tiny" / "loopus", None),
     "tinyllama": ("TinyLlama/TinyLlama_v1.1", (1, 1)),
     "qwen3-1.7b": ("Qwen/Qwen3-1.7B", (2, 1)),
     "qwen3-4b": ("Qwen/Qwen3-4B", (2, 1)),
@@ -64,9 +67,9 @@ def number(kind, low, high=float("inf")):
         return value
     return parse
 
-def add_model_flags(parser, model_help):
+def add_model_flags(parser, model_help, model=None):
     """The flags every script shares."""
-    parser.add_argument("--model", help=model_help)
+    parser.add_argument("--model", default=model, help=model_help)
     parser.add_argument("--split", metavar="E,D", type=parse_split, help="layers of encoder and decoder (default: the preset's; else 1,1)")
     parser.add_argument("--device", default="auto", help="auto (CUDA, then Apple's mps, then the CPU), cpu, cuda, cuda:1, mps")
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the computation (auto: bfloat16 where the hardware multiplies it faster)")
@@ -267,7 +270,7 @@ def load(name, *, split=None, device=None, dtype=None):
         print(f"{name}: no split is known for this model; 1 encoder and 1 decoder layer (--split E,D sets it)", file=sys.stderr)
     model = load_model(directory, split or known, device, dtype)
     if not model.config.from_checkpoint and not Path(name).is_dir():
-        model.config.base_model = PRESETS.get(name, (name,))[0]      # the hub's name, not this machine's cache
+        model.config.base_model = name if EMBEDDED in directory.parents else PRESETS.get(name, (name,))[0]   # not this machine's path
     if not (directory / "tokenizer.json").exists():
         return model, None
     tokenizer, size = Tokenizer(directory), model.config.vocab_size
@@ -481,8 +484,8 @@ class Tokenizer:
         return "".join(text).removeprefix(" ")
 
 def newest_checkpoint(root="out"):
-    """The checkpoint that train.py last wrote below `root`, or None."""
-    return max(Path(root).glob("**/step-*"), key=lambda path: path.stat().st_mtime, default=None)
+    """The checkpoint that train.py last wrote below `root`; without one, the embedded model."""
+    return max(Path(root).glob("**/step-*"), key=lambda path: path.stat().st_mtime, default="tiny-loopus")
 
 # ---- python load_weights.py DIR --------------------------------------------------------------------------------------
 

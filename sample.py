@@ -1,5 +1,6 @@
 """Text out, with the loops each token used.
 
+    python sample.py --budget 8                                    problems of the tiny world, or a continuation
     python sample.py --model DIR --budget 8 --prompt "The capital of France is"
 """
 import argparse
@@ -9,6 +10,7 @@ from collections import Counter
 
 import torch
 
+import tiny
 from load_weights import add_model_flags, find, load, newest_checkpoint, number, pick_device, pick_dtype, run
 from loopus import HALTS, InputError, require
 
@@ -57,8 +59,8 @@ def summary(made, seconds, budget):
 def parse_args():
     parser = argparse.ArgumentParser(description="Continue a prompt with a looped model, and show how many loops each token took.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_model_flags(parser, "preset, directory or hub id (default: the newest checkpoint below out/)")
-    parser.add_argument("--prompt", default="The capital of France is")
+    add_model_flags(parser, "preset, directory or hub id (default: the newest checkpoint below out/, else the embedded tiny-loopus)")
+    parser.add_argument("--prompt", help="default: problems of rising difficulty for a model of the tiny world, else \"The capital of France is\"")
     parser.add_argument("--budget", type=number(int, 1), default=8, help="most loops a token may take")
     parser.add_argument("--threshold", type=number(float, 0), help="of the stopping rule: q or 1 - Π(1 - q), a distance, or nats (default: the checkpoint's for confidence and cdf, 10 for convergence, 0.01 for kl)")
     parser.add_argument("--halt", choices=HALTS, default="confidence", help="stopping rule; none: always the whole budget")
@@ -78,8 +80,6 @@ def parse_args():
 def main():
     args = parse_args()
     args.model = args.model or newest_checkpoint()
-    if args.model is None:
-        raise InputError("--model: no checkpoint below out/ to take; name a directory, or train one first (python train.py)")
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
@@ -88,6 +88,12 @@ def main():
         raise InputError(f"--model {args.model}: no tokenizer.json in it, which text needs")
     if not model.config.from_checkpoint:
         print(f"warning: {args.model} is a plain backbone; its gate and head are untrained, so expect no sense from it", file=sys.stderr)
+    default = {"confidence": model.config.exit_threshold, "cdf": model.config.exit_threshold, "convergence": 10.0}.get(args.halt, 0.01)
+    stopping = {"budget": args.budget, "halt": args.halt, "kv": args.kv, "exit_threshold": default if args.threshold is None else args.threshold}
+    if args.prompt is None and "tiny" in (model.config.base_model, args.model):
+        tiny.show(model, args.seed, **stopping)
+        return
+    args.prompt = "The capital of France is" if args.prompt is None else args.prompt
     prompt = tokenizer.encode(args.prompt, bos=tokenizer.add_bos)
     if not prompt:
         raise InputError("--prompt: empty, and this tokenizer puts no token in front of a text; give at least one character")
@@ -100,13 +106,11 @@ def main():
             find(source)
         except InputError:
             raise InputError(f"--compare: the checkpoint's backbone {source!r} is not here; name its directory: --compare DIR") from None
-    default = {"confidence": model.config.exit_threshold, "cdf": model.config.exit_threshold, "convergence": 10.0}.get(args.halt, 0.01)
     colour = sys.stdout.isatty()
     if colour:
         print(" ".join(shade(f" {n} ", n, args.budget) for n in range(1, args.budget + 1)), "loops\n")
     print(args.prompt, end="", flush=True)
-    made, seconds = stream(model, tokenizer, prompt, args, colour, budget=args.budget, halt=args.halt, kv=args.kv,
-                           exit_threshold=default if args.threshold is None else args.threshold)
+    made, seconds = stream(model, tokenizer, prompt, args, colour, **stopping)
     print("\n" + summary(made, seconds, args.budget))
     if args.compare is not None:
         base, _ = load(source, split=(model.config.encoder_layers, model.config.decoder_layers), device=device, dtype=dtype)

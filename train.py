@@ -1,5 +1,6 @@
 """Random deep supervision: train a recast model (paper section 3.2, Fig. 10).
 
+    python train.py                                     the embedded tiny world (tiny.py)
     python train.py --model DIR --data text.jsonl
 
 `training_step` is the method. The rest is an ordinary training loop: batches, AdamW on fp32 masters, warm-up and one cosine, evaluation.
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
+import tiny
 from load_weights import ADDED, add_model_flags, load, number, pick_device, pick_dtype, run, save
 from loopus import InputError, require, wide
 
@@ -27,20 +29,24 @@ BUDGETS = (1, 2, 4, 8)                        # loops at which the held-out loss
 
 # ---- the method ------------------------------------------------------------------------------------------------------
 
-def next_token_loss(model, h, ids):
-    """L_LM of every sequence (N,), in nats a token, and the share (N,) of its next tokens that argmax D(h) gets right (eq. 11, 13)."""
-    N, T = ids.shape
-    logits = model.decode(h)                                                         # (N, T, V)
-    targets = torch.cat((ids[:, 1:], torch.full_like(ids[:, :1], -100)), dim=1)      # the last token has no next one
-    loss = F.cross_entropy(wide(logits).flatten(0, 1), targets.flatten(), reduction="none").view(N, T).sum(1) / (T - 1)
-    return loss, (logits.argmax(-1) == targets).sum(1) / (T - 1)
+def next_tokens(ids):
+    """What each token is to predict (N, T): the token after it; -100, nothing, for the last."""
+    return torch.cat((ids[:, 1:], torch.full_like(ids[:, :1], -100)), dim=1)
 
-def training_step(model, ids, loops, supervised, scale=1.0):
+def next_token_loss(model, h, targets):
+    """L_LM of every sequence (N,), in nats a target, and the share (N,) of its targets that argmax D(h) gets right (eq. 11, 13)."""
+    logits, counts = model.decode(h), (targets >= 0).sum(1)                          # (N, T, V), (N,)
+    loss = F.cross_entropy(wide(logits).flatten(0, 1), targets.flatten(), reduction="none").view_as(targets).sum(1) / counts
+    return loss, (logits.argmax(-1) == targets).sum(1) / counts
+
+def training_step(model, ids, loops, supervised, scale=1.0, targets=None):
     """Run up to `loops` loops on ids (N, T); at each index in `supervised` add the gradient of that one loop's losses to .grad.
 
     In all: scale / len(supervised) times the sum over supervised loops of the batch mean of L_LM + L_mono + L_Q, each taken
-    per sequence (eq. 10-13). No gradient crosses a loop or reaches the encoder. Returns a record of floats per supervised loop.
+    per sequence (eq. 10-13). No gradient crosses a loop or reaches the encoder. targets (N, T), -100 where no loss is taken
+    (None: the next tokens of ids). Returns a record of floats per supervised loop.
     """
+    targets = next_tokens(ids) if targets is None else targets
     require(supervised and set(supervised) <= set(range(loops)), f"supervised loops {sorted(supervised)}: expected some of 0 to {loops - 1}")
     with torch.no_grad():
         h = model.encode(ids)                                                        # h⁰, eq. 1: never trained
@@ -53,9 +59,9 @@ def training_step(model, ids, loops, supervised, scale=1.0):
             continue
         if previous_lm is None:                                                      # else known: the loop before was supervised too
             with torch.no_grad():
-                previous_lm, _ = next_token_loss(model, h, ids)                      # of D(hᵇ); at b = 0 of D(h⁰), no loop at all
+                previous_lm, _ = next_token_loss(model, h, targets)                      # of D(hᵇ); at b = 0 of D(h⁰), no loop at all
         h, q_logit = model.loop(h)                                                   # the one loop with gradient
-        lm, share = next_token_loss(model, h, ids)                                   # eq. 11
+        lm, share = next_token_loss(model, h, targets)                                   # eq. 11
         mono = F.silu(lm - previous_lm)                                              # eq. 12
         q = F.binary_cross_entropy_with_logits(q_logit, share.to(q_logit.dtype), reduction="none")   # eq. 13
         ((lm + mono + q).mean() * (scale / len(supervised))).backward()              # eq. 10
@@ -63,32 +69,32 @@ def training_step(model, ids, loops, supervised, scale=1.0):
         records.append({"loop": b, "lm": lm.mean().item(), "mono": mono.mean().item(), "q": q.mean().item()})
     return records
 
-def control_step(model, ids, scale=1.0):
+def control_step(model, ids, scale=1.0, targets=None):
     """The control: the same layers trained plainly, as one pass of the backbone, on the same tokens."""
     with torch.no_grad():
         h = model.encode(ids)
-    loss = plain_loss(model, h, ids)
+    loss = plain_loss(model, h, next_tokens(ids) if targets is None else targets)
     (loss * scale).backward()
     return [{"loop": 0, "lm": loss.item(), "mono": 0.0, "q": 0.0}]
 
-def plain_loss(model, h, ids):
+def plain_loss(model, h, targets):
     """Mean L_LM of the backbone as one ungated pass, from h⁰."""
-    return next_token_loss(model, model.pretrained_loop(h), ids)[0].mean()
+    return next_token_loss(model, model.pretrained_loop(h), targets)[0].mean()
 
 @torch.no_grad()
-def evaluate(model, rows, batch_size, plain):
-    """Held-out loss of the rows (N, T): `plain`, the backbone's one ungated pass; else at each of BUDGETS."""
+def evaluate(model, held_out, batch_size, plain):
+    """Held-out loss of (ids, targets), both (N, T): `plain`, the backbone's one ungated pass; else at each of BUDGETS."""
     sums = dict.fromkeys(["plain"] if plain else map(str, BUDGETS), 0.0)
-    for ids in rows.split(batch_size):
+    for ids, targets in zip(*(rows.split(batch_size) for rows in held_out)):
         h = model.encode(ids)
         if plain:
-            sums["plain"] += plain_loss(model, h, ids).item() * len(ids)
+            sums["plain"] += plain_loss(model, h, targets).item() * len(ids)
             continue
         for b in range(1, max(BUDGETS) + 1):
             h, _ = model.loop(h)
             if b in BUDGETS:
-                sums[str(b)] += next_token_loss(model, h, ids)[0].sum().item()
-    return {name: total / len(rows) for name, total in sums.items()}
+                sums[str(b)] += next_token_loss(model, h, targets)[0].sum().item()
+    return {name: total / len(held_out[0]) for name, total in sums.items()}
 
 # ---- the training loop -----------------------------------------------------------------------------------------------
 
@@ -147,7 +153,7 @@ def save_checkpoint(model, tokenizer, target, keep):
 def parse_args():
     parser = argparse.ArgumentParser(description="Recast a pretrained model and train it with random deep supervision.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_model_flags(parser, "preset, directory or hub id of a backbone, or a LoopUS checkpoint to go on from")
+    add_model_flags(parser, "preset, directory or hub id of a backbone, or a LoopUS checkpoint to go on from; tiny brings its own data and defaults", "tiny")
     parser.add_argument("--data", help="training text: .txt, .jsonl, .jsonl.gz, .jsonl.xz or .parquet")
     parser.add_argument("--eval-data", help="held-out text (default: the first sequences of --data, which are then not trained on)")
     parser.add_argument("--eval-sequences", type=number(int, 1), default=16, help="held-out sequences")
@@ -162,23 +168,35 @@ def parse_args():
     parser.add_argument("--clip", type=number(float, 1e-9), default=1.0, help="largest norm of the gradient")
     parser.add_argument("--loops", type=number(int, 1), default=20, help="B, loops of a training step")
     parser.add_argument("--supervised", type=number(int, 1), default=5, help="K, how many of them are supervised")
+    parser.add_argument("--threshold", type=number(float, 0, 1), default=0.6, help="q_th, the exit threshold that is stored with the model")
     parser.add_argument("--gate-init", choices=["paper", "open"], default="paper", help="of a fresh recast's gate")
     parser.add_argument("--control", action="store_true", help="train the backbone plainly instead, on the same tokens")
     parser.add_argument("--eval-every", type=number(int, 1), default=100, help="steps between evaluations, each with a checkpoint")
     parser.add_argument("--keep", type=number(int, 1), default=2, help="newest checkpoints kept")
+    if parser.parse_known_args()[0].model == "tiny":
+        parser.set_defaults(**tiny.RECIPE)
     args = parser.parse_args()
     if args.supervised > args.loops:
         parser.error(f"--supervised {args.supervised}: more than --loops {args.loops}")
-    for flag in ("model", "data"):
-        if getattr(args, flag) is None:
-            parser.error(f"--{flag} is needed: a {'backbone directory' if flag == 'model' else 'text file'}")
+    if args.model == "tiny" and (args.data or args.eval_data):
+        parser.error("--data and --eval-data: the tiny world makes its own problems; leave them out, or name another --model")
+    if args.model != "tiny" and not args.data:
+        parser.error("--data is needed: a text file")
     if args.dtype == "float16":
         parser.error("--dtype float16: its gradients need scaling, which is not built; take bfloat16 or float32")
     args.out = args.out or Path("out") / Path(args.model).resolve().name
     return args
 
-def main():
-    args = parse_args()
+def material(args, tokenizer, device):
+    """Held-out (ids, targets), both (N, T), and batches of such pairs without end."""
+    if args.model == "tiny":
+        return [x.to(device) for x in tiny.held_out(args.eval_sequences)], tiny.batches(args.batch_size, args.seed)
+    ids = data.held_out(args.eval_data or args.data, tokenizer, args.seq_len, args.eval_sequences).to(device)
+    stream = data.batches(args.data, tokenizer, args.batch_size, args.seq_len, args.seed, skip=0 if args.eval_data else args.eval_sequences)
+    return (ids, next_tokens(ids)), ((ids, next_tokens(ids)) for ids in stream)
+
+def fit(args):
+    """Train as the flags say, the backbone plainly if args.control; -> the trained model."""
     kind = "control" if args.control else "step"      # a control's folder is not taken for a LoopUS model by sample.py
     require(not any(path.name == "log.jsonl" or path.name.startswith(kind + "-") for path in args.out.glob("*")), f"--out {args.out}: holds a run already; choose another folder or move it away")
     device = pick_device(args.device)
@@ -192,14 +210,12 @@ def main():
         print('going on from a LoopUS checkpoint: its gate is kept, and "pretrained" below is its own layers run once, ungated')
     else:
         model.reasoning.gate.reset_parameters(args.gate_init)
-    model.config.loops = args.loops
+    model.config.loops, model.config.exit_threshold = args.loops, args.threshold
     pairs = fp32_masters(model, dtype)
     masters = [master for _, master in pairs]
     optimizer = torch.optim.AdamW(masters, lr=args.lr, weight_decay=0.0, fused=device.type in ("cuda", "cpu"))
 
-    rows = data.held_out(args.eval_data or args.data, tokenizer, args.seq_len, args.eval_sequences).to(device)
-    skip = 0 if args.eval_data else args.eval_sequences
-    stream = data.batches(args.data, tokenizer, args.batch_size, args.seq_len, args.seed, skip)
+    held_out, stream = material(args, tokenizer, device)
     batch = next(stream)                      # data that cannot be read is found before anything is written
 
     try:
@@ -214,15 +230,15 @@ def main():
 
     def report_held_out(step):
         """Evaluate, log, show."""
-        found = evaluate(model, rows, args.batch_size, plain=args.control)
+        found = evaluate(model, held_out, args.batch_size, plain=args.control)
         record = {"pretrained": pretrained, **({"control": found["plain"]} if args.control else found)}
         write_log({"step": step, "eval": record})
         print("      held-out loss  " + "  ".join(f"{'budget ' * name.isdigit()}{name} {loss:.3f}" for name, loss in record.items()), flush=True)
 
     trained, frozen = (sum(p.numel() for p in ps) / 1e6 for ps in (masters, model.encoder.parameters()))
     print(f"{args.model} on {device}: {trained:.1f} M parameters trained, {frozen:.1f} M frozen (embedding and encoder); {str(dtype).removeprefix('torch.')} "
-          f"computation, fp32 masters; {args.steps} steps of {args.batch_size * args.accumulate * args.seq_len} tokens")
-    pretrained = evaluate(model, rows, args.batch_size, plain=True)["plain"]
+          f"computation, fp32 masters; {args.steps} steps of {args.accumulate} x {args.batch_size} sequences")
+    pretrained = evaluate(model, held_out, args.batch_size, plain=True)["plain"]
     report_held_out(0)
     print("  step    loss      lm    mono       q      norm        lr   tokens  tok/s      ETA")
     if device.type == "cpu":
@@ -234,11 +250,11 @@ def main():
         optimizer.param_groups[0]["lr"] = lr
         records = []
         for _ in range(args.accumulate):
-            ids, batch = batch.to(device), next(stream)
+            (ids, targets), batch = (x.to(device) for x in batch), next(stream)
             if args.control:
-                records += control_step(model, ids, 1 / args.accumulate)
+                records += control_step(model, ids, 1 / args.accumulate, targets)
             else:
-                records += training_step(model, ids, args.loops, set(choice.sample(range(args.loops), args.supervised)), 1 / args.accumulate)
+                records += training_step(model, ids, args.loops, set(choice.sample(range(args.loops), args.supervised)), 1 / args.accumulate, targets)
             tokens += ids.numel()
         norm = nn.utils.clip_grad_norm_(masters, args.clip).item()
         require(math.isfinite(norm), f"step {step + 1}: the gradient is not finite; nothing of this step was kept, the last checkpoint in {args.out} is good; try a smaller --lr")
@@ -259,6 +275,15 @@ def main():
             report_held_out(step + 1)
             print(f"      saved {save_checkpoint(model, tokenizer, args.out / f'{kind}-{step + 1:06d}', args.keep)}", flush=True)
     print(f"{tokens} tokens in {time.perf_counter() - started:.0f} s")
+    return model
+
+def main():
+    args = parse_args()
+    model = fit(args)
+    if args.model == "tiny":                  # the control beside it, then what came of both
+        out, alone = args.out, args.control
+        args.control, args.out = True, args.out / "control"
+        tiny.report(None if alone else model, model if alone else fit(args), out)
 
 if __name__ == "__main__":
     run(main)

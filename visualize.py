@@ -1,7 +1,9 @@
 """The paper's figures, for any model: PNG files that a black-and-white print and a colour-blind eye can read.
 
+    python visualize.py                the newest checkpoint below out/, else the embedded tiny world
     python visualize.py --model DIR
 
+accuracy.png      the tiny world: accuracy by budget and by steps needed, base and control beside it, and where it stops
 trajectories.png  Fig. 7: per prompt the PCA of h⁰ … hᴮ of the last token, the gate's α, the distances between successive states
 profile.png       Fig. 1: what each layer, run once, does to the state, with the split in use and the split that the rule proposes
 runs.png          with --runs: held-out loss of several training runs beside each other
@@ -21,9 +23,10 @@ import torch
 from matplotlib.ticker import MaxNLocator
 
 import data
-from load_weights import add_model_flags, load, newest_checkpoint, number, pick_device, pick_dtype, run
+import tiny
+from load_weights import add_model_flags, find, load, newest_checkpoint, number, pick_device, pick_dtype, read_json, run
 from loopus import InputError
-from train import next_token_loss
+from train import next_token_loss, next_tokens
 
 PROMPTS = ("32 * 64 =", "82 *64 + 21 =", "404 Not Found in the system 404 The new era", "What is the capital of South Korea? S")   # the paper's
 LINES = (("#0072B2", "-", "o"), ("#D55E00", "--", "s"), ("#009E73", "-.", "^"), ("#CC79A7", ":", "D"), ("#000000", (0, (5, 1)), "v"))   # Okabe and Ito's colours
@@ -143,11 +146,11 @@ def loss_by_budget(model, batches, loops):
     wanted, sums, count = [b for b in (1, 2, 4, 6, 8, 12, 16, 20, 40, 80, 100) if b <= loops], {}, 0
     for ids in batches:
         h = model.encode(ids)
-        sums["pretrained"] = sums.get("pretrained", 0) + next_token_loss(model, model.pretrained_loop(h), ids)[0].sum().item()
+        sums["pretrained"] = sums.get("pretrained", 0) + next_token_loss(model, model.pretrained_loop(h), next_tokens(ids))[0].sum().item()
         for b in range(1, max(wanted) + 1):
             h, _ = model.loop(h)
             if b in wanted:
-                sums[b] = sums.get(b, 0) + next_token_loss(model, h, ids)[0].sum().item()
+                sums[b] = sums.get(b, 0) + next_token_loss(model, h, next_tokens(ids))[0].sum().item()
         count += len(ids)
     return {name: total / count for name, total in sums.items()}
 
@@ -195,6 +198,32 @@ def draw_runs(runs, path):
     axes[0, 0].legend()
     finish(fig, path)
 
+def draw_accuracy(found, path):
+    """The tiny world's accuracy.json: accuracy by steps needed and by budget, base and control as lines; loops used by steps needed."""
+    budgets = [name for name in found if name.isdigit()]
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    for name, colour, style in (("base", "k", "-"), ("control", "0.5", "--")):
+        left.plot(found[name], color=colour, ls=style, lw=2, label=name)
+    shades = plt.get_cmap("viridis")(torch.linspace(0, 0.9, len(budgets)).numpy())
+    for name, colour, marker in zip(budgets, shades, "os^Dvx"):
+        left.plot(found[name], color=colour, marker=marker, ms=4, lw=1, label=f"{name} loop{'s' * (name != '1')}")
+    left.set(xlabel="steps needed", ylabel="problems solved", title="by steps needed", ylim=(-0.03, 1.05))
+    kinds = {"base solves them": lambda share: share >= 0.6, "base fails (< 60 %)": lambda share: share < 0.6}
+    for (kind, chosen), (colour, style, marker) in zip(kinds.items(), LINES):
+        mean = lambda name: (lambda kept: sum(kept) / max(len(kept), 1))([x for x, base in zip(found[name], found["base"]) if chosen(base)])
+        middle.plot([int(b) for b in budgets], [mean(b) for b in budgets], color=colour, ls=style, marker=marker, label=kind)
+        middle.axhline(mean("base"), color=colour, lw=1, alpha=0.6)
+        middle.axhline(mean("control"), color=colour, lw=1, ls=":", alpha=0.9)
+    middle.plot([], [], color="0.3", lw=1, label="base alone")
+    middle.plot([], [], color="0.3", lw=1, ls=":", label="control alone")
+    middle.set(xscale="log", xlabel="loops", ylabel="problems solved", title="by budget", ylim=(-0.03, 1.05), xticks=[int(b) for b in budgets], xticklabels=budgets)
+    middle.minorticks_off()
+    right.bar(range(len(found["loops"])), found["loops"], color="0.6")
+    right.set(xlabel="steps needed", ylabel="loops before q reaches the threshold", title=f"where it stops (rank correlation {found['rank_correlation']:.2f})")
+    left.legend(fontsize=7)
+    middle.legend(fontsize=7)
+    finish(fig, path)
+
 def read_log(path):
     try:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -223,7 +252,7 @@ def finish(fig, path):
 
 def main():
     parser = argparse.ArgumentParser(description="Draw what the loops do.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_model_flags(parser, "preset, directory or hub id (default: the newest checkpoint below out/)")
+    add_model_flags(parser, "preset, directory or hub id (default: the newest checkpoint below out/, else the embedded tiny-loopus)")
     parser.add_argument("--prompt", action="append", help="repeatable (default: the paper's four)")
     parser.add_argument("--loops", type=number(int, 1), default=20)
     parser.add_argument("--data", help="text for the stage profile and the loss by budget: .txt, .jsonl, .jsonl.gz, .jsonl.xz or .parquet")
@@ -235,15 +264,14 @@ def main():
         draw_runs({run.name: read_log(run / "log.jsonl") for run in args.runs}, args.out / "runs.png")
         return
     args.model = args.model or newest_checkpoint()
-    if args.model is None:
-        raise InputError("--model: no checkpoint below out/ to take; name a directory, or train one first (python train.py)")
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     model, tokenizer = load(str(args.model), split=args.split, device=device, dtype=pick_dtype(args.dtype, device))
     if tokenizer is None:
         raise InputError(f"--model {args.model}: no tokenizer.json in it, which prompts need")
     prompts = []
-    for text in args.prompt or PROMPTS:
+    world = "tiny" in (model.config.base_model, args.model)
+    for text in args.prompt or (tiny.examples() if world else PROMPTS):
         ids = tokenizer.encode(text, bos=tokenizer.add_bos)
         if not 1 <= len(ids) <= model.config.max_position_embeddings:
             raise InputError(f"--prompt {text[:30]!r}: {len(ids)} tokens; the model takes 1 to {model.config.max_position_embeddings}")
@@ -256,7 +284,10 @@ def main():
     encoder, decoder = profile(model, text, args.out / "profile.png")
     print(f"split in use {model.config.encoder_layers},{model.config.decoder_layers}; proposed {encoder},{decoder} "
           "(leading and trailing layers that turn the state more than twice as far as the median layer)")
-    log = Path(args.model).parent / "log.jsonl"
+    folder = find(str(args.model))[0].parent
+    if world and (folder / "accuracy.json").exists():
+        draw_accuracy(read_json(folder / "accuracy.json"), args.out / "accuracy.png")
+    log = folder / "log.jsonl"
     records = read_log(log) if log.exists() else []
     evals = [r["eval"] for r in records if "eval" in r]
     if args.data:

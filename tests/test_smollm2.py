@@ -27,10 +27,10 @@ def test_the_open_gate_starts_within_two_percent_of_the_pretrained_loss(loaded):
         h = model.encode(rows)
         pretrained = train.plain_loss(model, h, rows).item()
         model.reasoning.gate.reset_parameters("open")
-        looped = train.next_token_loss(model, model.loop(h)[0], rows)[0].mean().item()
+        looped = train.next_token_loss(model, model.loop(h)[0], train.next_tokens(rows))[0].mean().item()
         torch.manual_seed(0)
         model.reasoning.gate.reset_parameters("paper")
-        shut = train.next_token_loss(model, model.loop(h)[0], rows)[0].mean().item()
+        shut = train.next_token_loss(model, model.loop(h)[0], train.next_tokens(rows))[0].mean().item()
     assert 2.5 < pretrained < 3.5 and looped < 1.02 * pretrained and shut > 1.3 * pretrained
 
 

@@ -50,15 +50,34 @@ def test_gradients_equal_the_straight_line(supervised):
     assert sum(r["lm"] + r["mono"] + r["q"] for r in records) / len(records) == pytest.approx(loss.item())
 
 
+def test_targets_say_where_loss_is_taken():
+    """Targets of the next tokens are the default; with fewer, the loss of a sequence is the mean over those it has."""
+    ids = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(8))
+    plain, same, masked = small(2), small(2), small(2)
+    train.training_step(plain, ids, 3, {0, 2})
+    train.training_step(same, ids, 3, {0, 2}, targets=train.next_tokens(ids))
+    assert all(torch.equal(g, gradients(same)[name]) for name, g in gradients(plain).items())
+    targets = train.next_tokens(ids)
+    targets[0, :6], targets[2, 3:] = -100, -100
+    records = train.training_step(masked, ids, 1, {0}, targets=targets)
+    with torch.no_grad():
+        h = masked.encode(ids)
+        logits, before = masked.decode(masked.loop(h)[0]), masked.decode(h)
+    loss = lambda row, of: sum(-of[row, i].log_softmax(-1)[t] for i, t in enumerate(targets[row]) if t >= 0) / (targets[row] >= 0).sum()
+    lm = torch.stack([loss(row, logits) for row in range(3)])
+    step = lm - torch.stack([loss(row, before) for row in range(3)])
+    assert records[0]["lm"] == pytest.approx(lm.mean().item()) and records[0]["mono"] == pytest.approx((step * step.sigmoid()).mean().item())
+
+
 def test_gradients_equal_finite_differences():
     model, ids = small(4), torch.randint(0, 50, (2, 6), generator=torch.Generator().manual_seed(6))
     train.training_step(model, ids, 1, {0})
     with torch.no_grad():
-        base = train.next_token_loss(model, model.encode(ids), ids)[0]
+        base = train.next_token_loss(model, model.encode(ids), train.next_tokens(ids))[0]
     def loss():
         with torch.no_grad():
             h, q = model.loop(model.encode(ids))
-            lm, share = train.next_token_loss(model, h, ids)
+            lm, share = train.next_token_loss(model, h, train.next_tokens(ids))
             return (lm + F.silu(lm - base) + F.binary_cross_entropy_with_logits(q, share.double(), reduction="none")).mean().item()
     generator = torch.Generator().manual_seed(0)
     for name, p in model.named_parameters():
