@@ -7,7 +7,6 @@ import torch
 import tiny
 from conftest import ROOT, script
 from load_weights import PRESETS, load
-from train import BUDGETS  # noqa: F401  (train and tiny import without a cycle)
 
 
 def read(strip, place):
