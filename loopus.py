@@ -27,6 +27,7 @@ K channels of a head (head_dim), L layers of a stack, S slots of a cache, B loop
 Pretrained parts carry Hugging Face's names, added parts the published LoopUS checkpoints': `state_dict()` is the file.
 """
 import math
+import sys
 from dataclasses import dataclass, replace
 
 import torch
@@ -65,101 +66,96 @@ class LoopUSConfig:
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.reasoning_layers = self.num_hidden_layers - self.encoder_layers - self.decoder_layers
-        heads, groups = self.num_attention_heads, self.num_key_value_heads
         require(self.model_type in ("llama", "qwen3"), f"model_type {self.model_type!r} is not supported; llama and qwen3 are")
-        require(heads % groups == 0, f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}")
+        require(self.num_attention_heads % self.num_key_value_heads == 0,
+                f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads {self.num_key_value_heads}")
         require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd; rotary positions need pairs")
-        require(min(self.encoder_layers, self.decoder_layers, self.reasoning_layers) >= 1,
-                f"split {self.encoder_layers},{self.decoder_layers} of {self.num_hidden_layers} layers: "
-                "encoder, reasoning block and decoder each need a layer")
+        require(min(self.encoder_layers, self.decoder_layers, self.reasoning_layers) >= 1, f"split {self.encoder_layers},{self.decoder_layers} "
+                f"of {self.num_hidden_layers} layers: encoder, reasoning block and decoder each need a layer")
 
-def wide(x):
-    """x in fp32, or as it is where it is wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def free_memory(device):
+    """Bytes that can still be had on a device; inf where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "cpu" and sys.platform == "linux":
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return math.inf
 
 # ---- the backbone: one Llama or Qwen3 layer ------------------------------------------------------------------------
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the norm taken in fp32 whatever the model's dtype."""
-
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
-
-    def forward(self, x):
-        y = wide(x)
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
-
 def rotary_angles(positions, config, dtype):
     """cos and sin of every position's angles: (..., T) -> two (..., T, K), to be broadcast over heads."""
     powers = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
     angles = positions[..., None].float() / config.rope_theta ** powers    # (..., T, K/2)
-    angles = torch.cat((angles, angles), dim=-1)                           # pair i is channels i and i + K/2
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)   # pair i is channels i and i + K/2
 
 def rotate(x, cos, sin):
     """Turn each pair (x[i], x[i + K/2]) by its angle. Hugging Face's split halves, not interleaved pairs: (N, H, T, K)."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)  # a cos - b sin, b cos + a sin
 
 @dataclass
 class Span:
     """Tokens on their way through the layers together: where they stand and what they may attend to. With a cache, a span of one
-    token is a decoding step and attends to the cache; a longer one is a prompt and attends to itself."""
+    token a row is a decoding step and attends to the cache; a longer one is a prompt and attends to itself."""
     cos: torch.Tensor                        # (N or 1, 1, T, K)
     sin: torch.Tensor
-    mask: torch.Tensor | None = None         # True: may attend; (T, T) or (N, 1, 1, width). None: all that is causal
+    mask: torch.Tensor | None = None         # True: may attend; (1, 1, T, T) or (N, 1, 1, width). None: all that is causal
     last: torch.Tensor | None = None         # (N,) index of each row's last valid token; None: T - 1
-    rows: torch.Tensor | None = None         # (N,) the rows of the cache that its rows stand for
-    slot: torch.Tensor | None = None         # one token: (N,) the slot it is written to. A prompt: (N, S) the token each slot stores
-    width: int = 0                           # slots of the cache in use
+    rows: list | None = None                 # the rows of the cache that its rows stand for, ascending; None: all
+    slot: torch.Tensor | None = None         # one token: (1,) the slot it is written to. A prompt: (N, width) the token each slot stores
+    width: int = 0                           # slots of the cache that are read
+    written: slice | None = None             # slots of the cache that are written
 
-    def take(self, active):
-        """The same span with rows `active` only."""
-        pick = lambda x: x[active] if x is not None and x.dim() == 4 and len(x) > 1 else x      # not what all rows share
-        return replace(self, cos=pick(self.cos), sin=pick(self.sin), mask=pick(self.mask),
-                       last=self.last[active], rows=self.rows[active], slot=self.slot[active])
+    def take(self, keep):
+        """The same span with its rows `keep` (a list) only."""
+        pick = lambda x: x if x is None or len(x) == 1 else x[keep]       # of length 1 is what all rows share
+        rows = keep if self.rows is None else [self.rows[i] for i in keep]
+        return replace(self, cos=pick(self.cos), sin=pick(self.sin), mask=pick(self.mask), last=pick(self.last), slot=pick(self.slot), rows=rows)
 
     def tail(self, x):
         """Each row's last valid token: (N, T, D) -> (N, D)."""
         return x[:, -1] if self.last is None else x[torch.arange(len(x), device=x.device), self.last]
 
-    def remember(self, kv, k, v):
-        """Write the span's keys and values (N, G, T, K) into one layer's cache (2, rows, G, S, K); return those to attend to."""
-        if k.shape[2] > 1:                   # a prompt: every slot takes the last token that falls to it
-            slot = self.slot[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
-            kv[0, self.rows], kv[1, self.rows] = k.gather(2, slot), v.gather(2, slot)
-            return k, v
-        kv[0, self.rows, :, self.slot], kv[1, self.rows, :, self.slot] = k[:, :, 0], v[:, :, 0]
-        seen = kv[:, :, :, :self.width]
-        return seen if len(self.rows) == kv.shape[1] else seen[:, self.rows]
+    def attend(self, q, k, v, cache=None):
+        """Attention of q (N, H, T, K) over k, v (N, G, T, K), or over a layer's cache, two of (rows, G, S, K), which they enter first."""
+        if cache is None or q.shape[2] > 1:
+            if cache is not None:            # a prompt: every slot takes the last token that falls to it
+                slot = self.slot[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+                for room, new in zip(cache, (k.gather(2, slot), v.gather(2, slot))):
+                    room[slice(None) if self.rows is None else self.rows, :, :self.width] = new
+            return F.scaled_dot_product_attention(q, k, v, self.mask, is_causal=self.mask is None and q.shape[2] > 1, enable_gqa=True)
+        if self.rows is None:
+            return self.attend_cached(q, k, v, *cache, self.mask)
+        masks = [None] * len(q) if self.mask is None else self.mask.split(1)         # some rows only: one by one, since slices are views
+        return torch.cat([self.attend_cached(*one, *(x[row:row + 1] for x in cache), mask)
+                          for *one, mask, row in zip(q.split(1), k.split(1), v.split(1), masks, self.rows)])
+
+    def attend_cached(self, q, k, v, keys, values, mask):
+        keys.index_copy_(2, self.slot, k), values.index_copy_(2, self.slot, v)
+        grouped = q.view(len(q), k.shape[1], -1, q.shape[3])        # (N, G, H/G, K): a group's heads read its keys together
+        return F.scaled_dot_product_attention(grouped, keys[:, :, :self.width], values[:, :, :self.width], mask).view_as(q)
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; Qwen3 also normalises each head's queries and keys."""
-
     def __init__(self, config):
         super().__init__()
         D, H, G, self.head_dim = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         K = self.head_dim
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(D, heads * K, bias=False) for heads in (H, G, G))
         self.o_proj = nn.Linear(H * K, D, bias=False)
-        norm = (lambda: RMSNorm(K, config.rms_norm_eps)) if config.model_type == "qwen3" else nn.Identity
-        self.q_norm, self.k_norm = norm(), norm()
+        self.q_norm, self.k_norm = (nn.RMSNorm(K, config.rms_norm_eps) if config.model_type == "qwen3" else None for _ in "qk")
 
     def forward(self, x, span, kv=None):
-        heads = lambda y: y.unflatten(-1, (-1, self.head_dim))
-        q = self.q_norm(heads(self.q_proj(x))).transpose(1, 2)          # (N, H, T, K)
-        k = self.k_norm(heads(self.k_proj(x))).transpose(1, 2)          # (N, G, T, K)
-        v = heads(self.v_proj(x)).transpose(1, 2)
+        N, T, _ = x.shape
+        q, k, v = (proj(x).view(N, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)                       # (N, H, T, K), (N, G, T, K)
         q, k = rotate(q, span.cos, span.sin), rotate(k, span.cos, span.sin)
-        if kv is not None:
-            k, v = span.remember(kv, k, v)                             # (N, G, S, K) when decoding
-        y = F.scaled_dot_product_attention(q, k, v, span.mask, is_causal=span.mask is None and x.shape[1] > 1, enable_gqa=True)
-        return self.o_proj(y.transpose(1, 2).flatten(2))                # (N, T, D)
+        return self.o_proj(span.attend(q, k, v, kv).transpose(1, 2).flatten(2))   # (N, T, D)
 
 class MLP(nn.Module):
     """SwiGLU."""
-
     def __init__(self, config):
         super().__init__()
         D, I = config.hidden_size, config.intermediate_size
@@ -172,9 +168,9 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x, span, kv=None):
@@ -182,8 +178,7 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 class Layers(nn.ModuleList):
-    """A stack of layers; its cache is (L, 2, rows, G, S, K)."""
-
+    """A stack of layers; its cache is a list of theirs."""
     def __init__(self, config, count):
         super().__init__(Layer(config) for _ in range(count))
 
@@ -196,7 +191,6 @@ class Layers(nn.ModuleList):
 class Gate(nn.Module):
     """Selective gate: how far each channel of each token opens to the proposal M(h), from δ = M(h) - h (eq. 3, 4): as in Mamba,
     Δ = softplus(W_Δ δ + b_Δ), W_Δ of rank r = ceil(D / 16), and α = exp(Δ ⊙ A), A = -exp(A_log). Loading and training keep it in fp32."""
-
     def __init__(self, config):
         super().__init__()
         D, r = config.hidden_size, math.ceil(config.hidden_size / 16)
@@ -218,9 +212,8 @@ class Gate(nn.Module):
             dt = torch.empty(D).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
             self.A_log.copy_(torch.arange(1, D + 1).log())
         else:
-            nn.init.zeros_(self.delta_proj.weight)
+            self.delta_proj.weight.zero_(), self.A_log.zero_()
             dt = torch.full((D,), -math.log(0.9))
-            nn.init.zeros_(self.A_log)
         self.delta_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))   # so that softplus(bias) = dt
 
     def forward(self, delta):
@@ -247,11 +240,15 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.layers = Layers(config, config.decoder_layers)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)   # untied: a copy of a tied embedding, trained alone
 
     def logits(self, h):
         return self.lm_head(self.norm(h))                               # (..., D) -> (..., V)
+
+    def last(self, h, span, kv=None):
+        """D at each row's last valid token: (N, T, D) -> (N, V)"""
+        return self.logits(span.tail(self.layers(h, span, kv)))
 
 # ---- generation: the caches, the stopping rules, the sampling -------------------------------------------------------
 HALTS = ("confidence", "convergence", "cdf", "argmax", "kl", "none")
@@ -260,20 +257,27 @@ class Cache:
     """Keys and values of all tokens so far: one set for E, one per loop depth for M, one for D (eq. 14-19). At depth b a token
     attends, for every earlier token, to what that one made at depth b, or at its last depth if it stopped before (`fill`). With
     one depth (kv="shared") every loop overwrites the token's own entry. S slots are a ring: the newest takes the oldest's place."""
-
     def __init__(self, config, rows, size, depths, like):
-        shape = (2, rows, config.num_key_value_heads, size, config.head_dim)
-        self.encoder = like.new_zeros(config.encoder_layers, *shape)                     # (L, 2, N, G, S, K)
-        self.reasoning = like.new_zeros(depths, config.reasoning_layers, *shape)         # (B, L, 2, N, G, S, K)
-        self.decoder = like.new_zeros(config.decoder_layers, *shape)
+        need, free = rows * size * self.bytes_per_token(config, depths, like.dtype), free_memory(like.device)
+        require(need < free, f"a cache of {rows} x {size} tokens, {depths} loops deep, takes {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on "
+                f"{like.device}: lower max_new_tokens, the budget, the window or the number of rows, or take kv shared")
+        shape = (rows, config.num_key_value_heads, size, config.head_dim)
+        room = lambda layers, depths: [[like.new_zeros(depths, *shape) for _ in "kv"] for _ in range(layers)]   # a layer's two of (B, N, G, S, K)
+        at = lambda layers, depth: [[x[depth] for x in layer] for layer in layers]
+        self.layers = room(config.reasoning_layers, depths)
+        self.encoder, self.decoder = at(room(config.encoder_layers, 1), 0), at(room(config.decoder_layers, 1), 0)
+        self.reasoning = [at(self.layers, depth) for depth in range(depths)]
+
+    @staticmethod
+    def bytes_per_token(config, depths, dtype):
+        layers = config.encoder_layers + depths * config.reasoning_layers + config.decoder_layers
+        return layers * 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
     def fill(self, loops, span):
         """The span's rows stopped after `loops` loops: its keys and values at the last of them stand for all deeper ones."""
-        kv, rows = self.reasoning, span.rows
-        if span.slot.dim() == 2:            # a prompt
-            kv[loops:, :, :, rows] = kv[loops - 1:loops, :, :, rows]
-        else:
-            kv[loops:, :, :, rows, :, span.slot] = kv[loops - 1:loops, :, :, rows, :, span.slot]
+        for row in span.rows:
+            for stored in (x[:, row, :, span.written] for layer in self.layers for x in layer):      # (B, G, slots, K)
+                stored[loops:] = stored[loops - 1]
 
 @dataclass
 class Step:
@@ -299,12 +303,12 @@ def sample(logits, noise, temperature, top_k, top_p):
 # ---- the model ------------------------------------------------------------------------------------------------------
 class LoopUS(nn.Module):
     """E, M with its gate, D and the confidence head. Its module tree is the published checkpoints' layout."""
-
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.encoder, self.reasoning, self.decoder = Encoder(config), Reasoning(config), Decoder(config)
         self.q_head = nn.Sequential(nn.LayerNorm(config.hidden_size), nn.Linear(config.hidden_size, 1))
+        self.compiled, self.static = None, False     # load_weights.compile_decoding
 
     def encode(self, ids):
         """h⁰ = E(x): (N, T) -> (N, T, D). Eq. 1."""
@@ -340,7 +344,7 @@ class LoopUS(nn.Module):
         weight = self.decoder.norm.weight
         positions = torch.arange(T, device=weight.device)
         ago = positions[:, None] - positions
-        mask = (ago >= 0) & (ago < window) if window is not None and window < T else None
+        mask = ((ago >= 0) & (ago < window))[None, None] if window is not None and window < T else None
         cos, sin = rotary_angles(positions, self.config, weight.dtype)
         return Span(cos[None, None], sin[None, None], mask, **where)
 
@@ -356,95 +360,91 @@ class LoopUS(nn.Module):
                  temperature=1.0, top_k=None, top_p=None, eos_id=None, seed=None, use_cache=True, window=None):
         """Continue prompts; an iterator of `Step`, one a new token.
 
-        ids (N, T), padded on the right; lengths (N,) the valid tokens of each row (None: all). A token's pass runs up to
-        `budget` loops and stops by `halt`, each row by itself; a prompt's tokens stop together, by the last one:
-          confidence   q >= exit_threshold (eq. 9)
-          convergence  ‖hᵇ - hᵇ⁻¹‖₂ <= exit_threshold          } App. E
-          cdf          1 - Π (1 - qʲ) >= exit_threshold        }
-          argmax       the most likely token did not change
-          kl           KL(pᵇ ‖ pᵇ⁻¹) <= exit_threshold, in nats
-          none         never: exactly `budget` loops
+        ids (N, T), padded on the right; lengths (N,) the valid tokens of each row (None: all). A token's pass runs up to `budget`
+        loops and stops by `halt`, each row by itself; a prompt's tokens stop together, by the last one:
+          confidence   q >= exit_threshold (eq. 9)                  argmax  the most likely token did not change
+          cdf          1 - Π (1 - qʲ) >= exit_threshold (App. E)    kl      KL(pᵇ ‖ pᵇ⁻¹) <= exit_threshold, in nats
+          convergence  ‖hᵇ - hᵇ⁻¹‖₂ <= exit_threshold (App. E)      none    never: exactly `budget` loops
         kv: `latest` keeps keys and values per loop depth, `shared` one set (see Cache). temperature 0: argmax. Row r draws
         with seed + r. eos_id ends a row; None: never. window: a token attends to the last `window` tokens, itself included
         (None: max_position_embeddings). use_cache=False computes every prefix anew, its tokens together. Raises InputError.
         """
-        ids, lengths = ids.long(), [ids.shape[-1]] * len(ids) if lengths is None else torch.as_tensor(lengths).tolist()
-        window = self.config.max_position_embeddings if window is None else window
-        top = 1 if halt in ("confidence", "cdf") else math.inf
         require(ids.dim() == 2 and ids.numel() > 0, f"ids of shape {tuple(ids.shape)}: expected (rows, tokens), neither empty")
-        require(len(lengths) == len(ids) and all(1 <= n <= ids.shape[-1] for n in lengths),
-                f"lengths {lengths}: expected one a row, each from 1 to {ids.shape[-1]}")
+        lengths = [ids.shape[1]] * len(ids) if lengths is None else torch.as_tensor(lengths).tolist()
+        require(len(lengths) == len(ids) and all(1 <= n <= ids.shape[1] for n in lengths), f"lengths {lengths}: expected {len(ids)} from 1 to {ids.shape[1]}")
         require(0 <= ids.min() and ids.max() < self.config.vocab_size,
                 f"token ids from {ids.min()} to {ids.max()}: the vocabulary is 0 to {self.config.vocab_size - 1}")
         require(halt in HALTS, f"halt {halt!r}: expected one of {', '.join(HALTS)}")
         require(kv in ("latest", "shared"), f"kv {kv!r}: expected latest or shared")
-        require(0 <= exit_threshold <= top, f"exit_threshold {exit_threshold}: expected 0 to {top} for halt {halt}")
-        require(temperature >= 0, f"temperature {temperature}: expected 0 or more")
-        require(top_p is None or 0 < top_p <= 1, f"top_p {top_p}: expected more than 0, at most 1")
-        for name, value in (("budget", budget), ("max_new_tokens", max_new_tokens), ("top_k", top_k), ("window", window)):
-            require(value is None or value >= (name != "max_new_tokens"), f"{name} {value}: too small")
+        window, most = self.config.max_position_embeddings if window is None else window, 1 if halt in ("confidence", "cdf") else math.inf
+        for name, value, low, high in (("budget", budget, 1, math.inf), ("max_new_tokens", max_new_tokens, 0, math.inf), ("window", window, 1, math.inf),
+                                       ("exit_threshold", exit_threshold, 0, most), ("temperature", temperature, 0, math.inf),
+                                       ("top_k", top_k, 1, math.inf), ("top_p", top_p, 1e-9, 1)):
+            require(value is None or low <= value <= high, f"{name} {value}: expected {low} to {high}")
         seed = torch.randint(2**62, ()).item() if seed is None else seed
         noise = [torch.Generator(ids.device).manual_seed(seed + r) for r in range(len(ids))]
-        draw = lambda logits, rows: sample(logits, [noise[r] for r in rows.tolist()], temperature, top_k, top_p)
+        draw = lambda logits, rows: sample(logits, [noise[r] for r in rows], temperature, top_k, top_p)
         stopping = {"budget": budget, "halt": halt, "threshold": exit_threshold}
-        return self._generate(ids, torch.tensor(lengths), max_new_tokens, stopping, kv, draw, eos_id, use_cache, window)
+        return self._generate(ids.long(), lengths, max_new_tokens, stopping, kv, draw, eos_id, use_cache, window)
 
     @torch.inference_mode()
     def _generate(self, ids, lengths, max_new_tokens, stopping, kv, draw, eos_id, use_cache, window):
-        (N, T), device, dtype = ids.shape, ids.device, self.decoder.norm.weight.dtype
-        rows, lengths, longest = torch.arange(N, device=device), lengths.to(device), T
-        size = min(window, T + max_new_tokens)          # S
-        slots = torch.arange(size, device=device)
-        cache = Cache(self.config, N, size, stopping["budget"] if kv == "latest" else 1, self.decoder.norm.weight) if use_cache else None
-        for step in range(max_new_tokens):
-            if use_cache and (step > 0 or T == 1):      # one token a row, at position lengths - 1
-                now, at, width = ids.gather(1, lengths[:, None] - 1), lengths - 1, min(size, longest)
-                span = Span(*rotary_angles(at[:, None, None], self.config, dtype), slots[:width] <= at[:, None, None, None],
-                            torch.zeros_like(at), rows, at % size, width)
-            else:                                       # all so far; slot s stores the last position that is s modulo S, if any
-                taken = slots + size * ((lengths[:, None] - 1 - slots) // size)
-                now, span = ids, self._span(ids.shape[1], window, last=lengths - 1, rows=rows, slot=taken.clamp(0, ids.shape[1] - 1))
-            logits, loops, confidence = self._think(now, span, cache, **stopping)
+        (N, T), device, weight = ids.shape, ids.device, self.decoder.norm.weight
+        size, rows, ragged = min(window, T + max_new_tokens), [*range(N)], min(lengths) < T           # S
+        lengths = torch.tensor(lengths, device=device)
+        pads, slots = T - lengths, torch.arange(size, device=device)
+        cache = Cache(self.config, N, size, stopping["budget"] if kv == "latest" else 1, weight) if use_cache else None
+        for end in range(T - 1, T - 1 + max_new_tokens):    # every row ends at column `end` of the cache, and begins behind its pad
+            width = size if self.static and end >= T else min(size, end + 1)
+            held = end - (end - slots[:width]) % size       # the column whose keys and values a slot holds: the last that is s modulo S
+            chosen = None if len(rows) == N else rows
+            if use_cache and (end >= T or T == 1):          # one token a row
+                mask = held >= pads[:, None, None, None] if ragged or self.static else None
+                angles = rotary_angles((end - pads)[:, None, None], self.config, weight.dtype)
+                span = Span(*angles, mask, None, chosen, slots[end % size:][:1], width, slice(end % size, end % size + 1))
+            else:                                           # all so far
+                stored = (held - pads[:, None]).clamp(min=0)
+                span = self._span(ids.shape[1], window, last=lengths - 1, rows=chosen, slot=stored, width=width, written=slice(width))
+            logits, loops, confidence = self._think(ids, span, cache, **stopping)
             tokens = draw(logits, rows)
-            yield Step(*(torch.full((N,), fallback, dtype=x.dtype, device=device).index_copy(0, rows, x)
-                         for x, fallback in ((tokens, eos_id or 0), (loops, 0), (confidence, 0.0))))
-            if eos_id is not None:                      # a row that has ended leaves the batch
-                rows, ids, lengths, tokens = (x[tokens != eos_id] for x in (rows, ids, lengths, tokens))
-                if len(rows) == 0:
-                    return
-            ids = torch.cat((ids, ids[:, :1]), dim=1).scatter(1, lengths[:, None], tokens[:, None])
-            lengths, longest = lengths + 1, longest + 1
+            step = ((tokens, eos_id or 0), (torch.tensor(loops, device=device), 0), (confidence, 0.0))
+            yield Step(*(x if chosen is None else x.new_full((N,), ended).index_copy(0, torch.tensor(rows, device=device), x) for x, ended in step))
+            keep = [i for i, token in enumerate(tokens.tolist()) if token != eos_id] if eos_id is not None else rows
+            if not keep:
+                return
+            if len(keep) < len(rows):                       # a row that has ended leaves the batch
+                rows, (tokens, lengths, pads, ids) = [rows[i] for i in keep], (x[keep] for x in (tokens, lengths, pads, ids))
+            ids = tokens[:, None] if use_cache else torch.cat((ids, ids[:, :1]), dim=1).scatter(1, lengths[:, None], tokens[:, None])
+            lengths = lengths + 1
 
     def _think(self, ids, span, cache, budget, halt, threshold):
-        """One pass of a span of N rows: encode, loop until each row stops, decode. -> last logits (N, V), loops (N,), q (N,)"""
-        def decode(h, span):
-            return self.decoder.logits(span.tail(self.decoder.layers(h, span, cache and cache.decoder)))
-
-        h, N, device = self.encoder(ids, span, cache and cache.encoder), len(ids), ids.device
-        loops, confidence, not_stopped = torch.full((N,), budget, device=device), torch.zeros(N, device=device), torch.ones(N, device=device)
-        active, active_span, logits = torch.arange(N, device=device), span, None    # rows still looping
-        for b in range(budget):
-            before = h[active]
-            after, q = self._loop(before, active_span, cache and cache.reasoning[min(b, len(cache.reasoning) - 1)])
-            h, q = h.index_copy(0, active, after), q.sigmoid().float()
-            confidence[active] = q
-            not_stopped[active] *= 1 - q                                            # Π (1 - qʲ)
+        """One pass of a span of N rows: encode, loop until each row stops, decode. -> last logits (N, V), loops [N], q (N,)"""
+        parts = [self.encoder, self._loop, self.decoder.last]
+        encode, loop, decode = self.compiled if self.compiled and cache and ids.shape[1] == 1 and span.rows is None else parts
+        h, N, live, all_span, all_decode, logits = encode(ids, span, cache and cache.encoder), len(ids), [*range(len(ids))], span, decode, None
+        at, loops, q, doubt = torch.arange(N, device=h.device), [budget] * N, torch.zeros(N, device=h.device), torch.ones(N, device=h.device)
+        for b in range(budget):              # h, q, doubt and logits of a row that has stopped stay as they are
+            before = h[at]
+            after, new_q = loop(before, span, cache and cache.reasoning[min(b, len(cache.reasoning) - 1)])
+            h, q = h.index_copy(0, at, after), q.index_copy(0, at, new_q.sigmoid().float())
+            doubt = doubt.index_copy(0, at, doubt[at] * (1 - q[at]))                # Π (1 - qʲ)
             if halt in ("argmax", "kl"):     # these decode at every loop; D's entry in the cache is overwritten, so the last one stands
-                new = decode(after, active_span).float().log_softmax(-1)
-                old, logits = new if logits is None else logits[active], new if logits is None else logits.index_copy(0, active, new)
-            if halt == "none" or b == budget - 1 or (b == 0 and halt in ("argmax", "kl")):
+                new = decode(after, span, cache and cache.decoder).float().log_softmax(-1)
+                old, logits = new if b == 0 else logits[at], new if b == 0 else logits.index_copy(0, at, new)
+            if b == budget - 1 or halt == "none" or (b == 0 and halt in ("argmax", "kl")):
                 continue
-            stop = {"confidence": lambda: q >= threshold,
-                    "convergence": lambda: active_span.tail(after - before).float().norm(dim=-1) <= threshold,
-                    "cdf": lambda: 1 - not_stopped[active] >= threshold,
+            stop = {"confidence": lambda: q[at] >= threshold,
+                    "convergence": lambda: span.tail(after - before).float().norm(dim=-1) <= threshold,
+                    "cdf": lambda: 1 - doubt[at] >= threshold,
                     "argmax": lambda: new.argmax(-1) == old.argmax(-1),
-                    "kl": lambda: F.kl_div(old, new, reduction="none", log_target=True).sum(-1) <= threshold}[halt]()
-            if stop.any():
-                done, active = active[stop], active[~stop]
-                loops[done] = b + 1
+                    "kl": lambda: F.kl_div(old, new, reduction="none", log_target=True).sum(-1) <= threshold}[halt]().tolist()
+            if any(stop):                    # tolist was this loop's one wait for the device
+                done, keep = ([i for i in range(len(live)) if stop[i] == wanted] for wanted in (True, False))
+                loops = [b + 1 if row in (live[i] for i in done) else n for row, n in enumerate(loops)]
                 if cache and len(cache.reasoning) > 1:
                     cache.fill(b + 1, span.take(done))
-                active_span = span.take(active)
-                if len(active) == 0:
+                if not keep:
                     break
-        return decode(h, span) if logits is None else logits, loops, confidence
+                live, span, (_, loop, decode) = [live[i] for i in keep], span.take(keep), parts
+                at = torch.tensor(live, device=h.device)
+        return all_decode(h, all_span, cache and cache.decoder) if logits is None else logits, loops, q

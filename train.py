@@ -23,7 +23,7 @@ from torch import nn
 import data
 import tiny
 from load_weights import ADDED, add_model_flags, load, number, pick_device, pick_dtype, run, save
-from loopus import InputError, require, wide
+from loopus import InputError, require
 
 BUDGETS = (1, 2, 4, 8)                        # loops at which the held-out loss is taken
 
@@ -36,7 +36,7 @@ def next_tokens(ids):
 def next_token_loss(model, h, targets):
     """L_LM of every sequence (N,), in nats a target, and the share (N,) of its targets that argmax D(h) gets right (eq. 11, 13)."""
     logits, counts = model.decode(h), (targets >= 0).sum(1)                          # (N, T, V), (N,)
-    loss = F.cross_entropy(wide(logits).flatten(0, 1), targets.flatten(), reduction="none").view_as(targets).sum(1) / counts
+    loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1), targets.flatten(), reduction="none").view_as(targets).sum(1) / counts
     return loss, (logits.argmax(-1) == targets).sum(1) / counts
 
 def training_step(model, ids, loops, supervised, scale=1.0, targets=None):

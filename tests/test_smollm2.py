@@ -25,7 +25,7 @@ def test_the_open_gate_starts_within_two_percent_of_the_pretrained_loss(loaded):
     rows = data.held_out(SHARED / "data" / "wikitext2_valid.txt", tokenizer, 256, 4)
     with torch.no_grad():
         h = model.encode(rows)
-        pretrained = train.plain_loss(model, h, rows).item()
+        pretrained = train.plain_loss(model, h, train.next_tokens(rows)).item()
         model.reasoning.gate.reset_parameters("open")
         looped = train.next_token_loss(model, model.loop(h)[0], train.next_tokens(rows))[0].mean().item()
         torch.manual_seed(0)

@@ -1,0 +1,191 @@
+"""Speed and memory, side by side: contenders take turns in one process, and the medians of their times stand beside each other.
+
+    python bench.py                                    SmolLM2-135M's shape, random weights
+    python bench.py --shape tinyllama --compile        1.1B; a compiled contender too
+    python bench.py --model DIR                        real weights
+
+The bound is the least time a token can take: the bytes it must read (weights x loops, and cache) at the rate at which this machine,
+in the same rounds, reads 1 GiB. `pip install transformers` adds it as a contender.
+"""
+import argparse
+import copy
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from load_weights import ADDED, DTYPES, backbone_name, compile_decoding, load, number, pick_device, pick_dtype, run
+from loopus import Cache, LoopUS, LoopUSConfig
+
+SHAPES = {"smollm2-135m": dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+                               num_key_value_heads=3, max_position_embeddings=8192, encoder_layers=2),
+          "tinyllama": dict(num_key_value_heads=4),       # LoopUSConfig's defaults are TinyLlama's
+          "tiny": dict(vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4)}
+CONTEXTS = (4, 32, 64, 256, 512, 1024)
+
+def seconds(work, device):
+    """How long `work()` takes, the device's part of it too."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    started = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - started
+
+def in_turns(contenders, rounds, device, middle=statistics.median):
+    """Median seconds of each contender {name: work}; all take one turn a round, after a round that does not count."""
+    times, started = {name: [] for name in contenders}, time.perf_counter()
+    for i in range(rounds + 1):
+        for name, work in contenders.items():
+            times[name].append(seconds(work, device))
+        spent = time.perf_counter() - started
+        print(f"\r  round {i} of {rounds}, {spent:.0f} s, {spent / (i + 1) * (rounds - i):.0f} s to go ", end="", file=sys.stderr, flush=True)
+    print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
+    return {name: middle(taken[1:]) for name, taken in times.items()}
+
+def stepper(model, rows, context, rounds, **options):
+    """Work that makes one token a row behind `context` tokens, the prompt already read."""
+    ids = torch.randint(model.config.vocab_size, (rows, context), generator=torch.Generator().manual_seed(0)).to(model.decoder.norm.weight.device)
+    steps = model.generate(ids, rounds + 2, temperature=0, **{"halt": "none"} | options)
+    next(steps)
+    return lambda: next(steps)
+
+def bytes_read(model, loops, context):
+    """What one token must read: the weights of E, of M with its gate `loops` times, of D and its head, and the cache."""
+    size = lambda module: sum(p.numel() * p.element_size() for p in module.parameters())
+    weights = size(model.encoder.layers) + loops * size(model.reasoning) + size(model.decoder)
+    return weights + context * Cache.bytes_per_token(model.config, loops, model.decoder.norm.weight.dtype)
+
+def reference(model, context, rounds):
+    """transformers' generate with the same weights, a token a turn; None where it is not installed."""
+    try:
+        import transformers
+    except ImportError:
+        print("transformers is not installed: no peer in the table (pip install transformers)")
+        return None
+    c = model.config
+    fields = {name: getattr(c, name) for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                                                  "head_dim", "rms_norm_eps", "max_position_embeddings")}
+    kind = {"llama": "Llama", "qwen3": "Qwen3"}[c.model_type]
+    weight = model.decoder.norm.weight
+    with torch.device("meta"):
+        peer = getattr(transformers, kind + "ForCausalLM")(getattr(transformers, kind + "Config")(**fields, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}))
+    peer.load_state_dict({backbone_name(name, c): p for name, p in model.state_dict().items() if not name.startswith(ADDED)}, assign=True)
+    peer.model.rotary_emb = type(peer.model.rotary_emb)(peer.config).to(weight.device)       # its table is not among the weights
+    ids, streamed = torch.randint(c.vocab_size, (1, context), device=weight.device), []
+
+    class Clock(transformers.generation.BaseStreamer):    # called at every token: the times between calls are its steps
+        def put(self, value):
+            streamed.append(time.perf_counter())
+
+        def end(self):
+            pass
+    peer.eval().generate(ids, max_new_tokens=rounds + 3, min_new_tokens=rounds + 3, do_sample=False, streamer=Clock(), pad_token_id=0)
+    return statistics.median(b - a for a, b in zip(streamed[3:], streamed[4:]))
+
+def line(name, taken, rows=1, bound=None, other=None):
+    print(f"  {name:34} {taken * 1e3:9.2f} ms {rows / taken:9.1f} tokens/s" + (f"   {bound / taken:6.1%} of the bound" if bound else "")
+          + (f"   {other[1] / taken:5.2f}x {other[0]}" if other else ""), flush=True)
+
+def decode(args, model, device):
+    fast, found = copy.copy(model), {"shape": args.model or args.shape, "dtype": str(model.decoder.norm.weight.dtype), "threads": torch.get_num_threads()}
+    if args.compile:
+        compile_decoding(fast)
+    models = {"eager": model} | ({"compiled": fast} if args.compile else {})
+    read = torch.ones(2**28, device=device)               # 1 GiB
+    rounds, B = args.rounds, args.budget
+
+    print(f"1. decoding at batch 1, context 64, and the bound of {found['dtype']} on {device}, {found['threads']} threads")
+    work = {"read": read.sum} | {f"{name} {loops}": stepper(m, 1, 64, rounds, budget=loops) for name, m in models.items() for loops in (1, B)}
+    taken = in_turns(work, rounds, device)
+    rate = read.numel() * read.element_size() / taken["read"]
+    found["read_rate"] = rate
+    peer = reference(model, 64, rounds)
+    print(f"  the machine reads {rate / 1e9:.1f} GB/s")
+    for loops in (1, B):
+        need = bytes_read(model, loops, 64)
+        print(f"  {loops} loop{'s' * (loops > 1)}: {need / 1e9:.3f} GB a token, at least {need / rate * 1e3:.2f} ms")
+        for name in models:
+            line(f"{name}, {loops} loop{'s' * (loops > 1)}", taken[f"{name} {loops}"], bound=need / rate, other=("transformers", peer) if peer and loops == 1 else None)
+            found[f"{name} {loops}"] = taken[f"{name} {loops}"]
+    if peer:
+        line("transformers, plain backbone", peer, bound=bytes_read(model, 1, 64) / rate)
+        found["transformers"] = peer
+
+    print(f"2. a token at {B} loops by context, cached and not")
+    contexts = [c for c in CONTEXTS if c + rounds + 2 <= model.config.max_position_embeddings]
+    taken = in_turns({f"{name} {c}": stepper(m, 1, c, rounds, budget=B) for name, m in models.items() for c in contexts}, rounds, device)
+    again = in_turns({c: lambda ids=torch.ones(1, c, dtype=torch.long, device=device): next(model.generate(ids, 1, budget=B, halt="none", temperature=0, use_cache=False))
+                      for c in contexts}, max(1, rounds // 5), device)
+    found["contexts"] = [{"context": c, "uncached": again[c]} | {name: taken[f"{name} {c}"] for name in models} for c in contexts]
+    for row in found["contexts"]:
+        print(f"  {row['context']:5d} tokens   " + "   ".join(f"{name} {row[name] * 1e3:8.2f} ms" for name in models) + f"   uncached {row['uncached'] * 1e3:9.2f} ms ({row['uncached'] / row['eager']:.2f}x)")
+    if {64, 1024} <= set(contexts):
+        print("  1024 against 64 tokens: " + ", ".join(f"{name} {taken[f'{name} 1024'] / taken[f'{name} 64']:.2f}x" for name in models))
+
+    print(f"3. early exit at up to {B} loops, against the straight line through the fixed budgets 1 and {B}")
+    ids = torch.randint(model.config.vocab_size, (1, 64), device=device)
+    seen = sorted(s.confidence.item() for b in range(1, B) for s in model.generate(ids, 4, budget=b, halt="none", temperature=0))
+    loops = {threshold: [] for threshold in [seen[len(seen) * i // 5] for i in range(5)] + [1.0]}
+
+    def exits(threshold):
+        step = stepper(model, 1, 64, 4 * rounds, budget=B, halt="confidence", exit_threshold=threshold)
+        return lambda: loops[threshold].append(step().loops.item())
+    taken = in_turns({b: stepper(model, 1, 64, 4 * rounds, budget=b) for b in (1, B)} | {("exit", t): exits(t) for t in loops}, 4 * rounds, device, statistics.mean)
+    found["exit"] = sorted((statistics.mean(loops[t][1:]), taken["exit", t]) for t in loops)
+    for x, y in found["exit"]:
+        print(f"  {x:5.2f} loops {y * 1e3:9.2f} ms   {y / (taken[1] + (taken[B] - taken[1]) * (x - 1) / (B - 1)):5.2f}x the line")
+
+    print("4. memory")
+    for policy, depths in (("latest", B), ("shared", 1)):
+        one = Cache.bytes_per_token(model.config, depths, model.decoder.norm.weight.dtype)
+        print(f"  {policy}: {one} bytes a token, {one * 1024 / 1e6:.1f} MB at 1024 tokens")
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"  peak so far {peak / 1e9:.2f} GB (the 1 GiB that is read among it)")
+
+    print(f"5. prompts of 256 tokens, and batches, {B} loops")
+    wide = (1, 8, 32)
+    taken = in_turns({n: stepper(model, n, 64, max(2, rounds // 3), budget=B) for n in wide} | {"prompt": lambda: stepper(model, 1, 256, 1, budget=B)}, max(2, rounds // 3), device)
+    line("prompt, by token", taken["prompt"] / 256)
+    for n in wide:
+        line(f"batch {n}", taken[n], rows=n)
+    found |= {"batches": {n: taken[n] for n in wide}, "prefill": 256 / taken["prompt"]}
+    return found
+
+def main():
+    parser = argparse.ArgumentParser(description="Time decoding beside its bound and its peers.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", help="directory or hub id; default: random weights of --shape")
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument("--budget", type=number(int, 2), default=8, help="loops")
+    parser.add_argument("--rounds", type=number(int, 2), default=15, help="turns of each contender")
+    parser.add_argument("--compile", action="store_true", help="a compiled contender too")
+    parser.add_argument("--threads", type=number(int, 1), help="of the CPU (default: PyTorch's)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="float32")
+    parser.add_argument("--out", type=Path, default=Path("out/bench.json"), help="the numbers, for visualize.py --bench")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    torch.manual_seed(0)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    if args.model:
+        model, _ = load(args.model, device=device, dtype=dtype)
+    else:
+        with device:
+            model = LoopUS(LoopUSConfig(**SHAPES[args.shape])).eval()
+            gate, head = copy.deepcopy(model.reasoning.gate), copy.deepcopy(model.q_head)
+            model.to(dtype).reasoning.gate, model.q_head = gate, head
+    found = decode(args, model, device)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    partial = args.out.with_name(f".{args.out.name}.partial")
+    partial.write_text(json.dumps(found) + "\n")
+    os.replace(partial, args.out)
+    print(f"wrote {args.out}")
+
+if __name__ == "__main__":
+    run(main)
