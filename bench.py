@@ -26,7 +26,6 @@ SHAPES = {"smollm2-135m": dict(vocab_size=49152, hidden_size=576, intermediate_s
                                num_key_value_heads=3, max_position_embeddings=8192, encoder_layers=2),
           "tinyllama": dict(num_key_value_heads=4),       # LoopUSConfig's defaults are TinyLlama's
           "tiny": dict(vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4)}
-CONTEXTS = (4, 32, 64, 256, 512, 1024)
 
 def seconds(work, device):
     """How long `work()` takes, the device's part of it too."""
@@ -93,7 +92,7 @@ def line(name, taken, rows=1, bound=None, other=None):
           + (f"   {other[1] / taken:5.2f}x {other[0]}" if other else ""), flush=True)
 
 def decode(args, model, device):
-    fast, found = copy.copy(model), {"shape": args.model or args.shape, "dtype": str(model.decoder.norm.weight.dtype), "threads": torch.get_num_threads()}
+    fast, found = copy.copy(model), {"shape": args.model or args.shape, "dtype": str(model.decoder.norm.weight.dtype), "threads": torch.get_num_threads(), "budget": args.budget}
     if args.compile:
         compile_decoding(fast)
     models = {"eager": model} | ({"compiled": fast} if args.compile else {})
@@ -118,7 +117,7 @@ def decode(args, model, device):
         found["transformers"] = peer
 
     print(f"2. a token at {B} loops by context, cached and not")
-    contexts = [c for c in CONTEXTS if c + rounds + 2 <= model.config.max_position_embeddings]
+    contexts = [c for c in args.contexts if c + rounds + 2 <= model.config.max_position_embeddings]
     taken = in_turns({f"{name} {c}": stepper(m, 1, c, rounds, budget=B) for name, m in models.items() for c in contexts}, rounds, device)
     again = in_turns({c: lambda ids=torch.ones(1, c, dtype=torch.long, device=device): next(model.generate(ids, 1, budget=B, halt="none", temperature=0, use_cache=False))
                       for c in contexts}, max(1, rounds // 5), device)
@@ -149,12 +148,11 @@ def decode(args, model, device):
     print(f"  peak so far {peak / 1e9:.2f} GB (the 1 GiB that is read among it)")
 
     print(f"5. prompts of 256 tokens, and batches, {B} loops")
-    wide = (1, 8, 32)
-    taken = in_turns({n: stepper(model, n, 64, max(2, rounds // 3), budget=B) for n in wide} | {"prompt": lambda: stepper(model, 1, 256, 1, budget=B)}, max(2, rounds // 3), device)
+    taken = in_turns({n: stepper(model, n, 64, max(2, rounds // 3), budget=B) for n in args.batches} | {"prompt": lambda: stepper(model, 1, 256, 1, budget=B)}, max(2, rounds // 3), device)
     line("prompt, by token", taken["prompt"] / 256)
-    for n in wide:
+    for n in args.batches:
         line(f"batch {n}", taken[n], rows=n)
-    found |= {"batches": {n: taken[n] for n in wide}, "prefill": 256 / taken["prompt"]}
+    found |= {"batches": {n: taken[n] for n in args.batches}, "prefill": 256 / taken["prompt"]}
     return found
 
 def main():
@@ -163,6 +161,8 @@ def main():
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--budget", type=number(int, 2), default=8, help="loops")
     parser.add_argument("--rounds", type=number(int, 2), default=15, help="turns of each contender")
+    parser.add_argument("--contexts", type=number(int, 2), nargs="+", default=[4, 32, 64, 256, 512, 1024], help="tokens before the timed one")
+    parser.add_argument("--batches", type=number(int, 1), nargs="+", default=[1, 8, 32], help="rows")
     parser.add_argument("--compile", action="store_true", help="a compiled contender too")
     parser.add_argument("--threads", type=number(int, 1), help="of the CPU (default: PyTorch's)")
     parser.add_argument("--device", default="auto")

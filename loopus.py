@@ -391,9 +391,9 @@ class LoopUS(nn.Module):
     def _generate(self, ids, lengths, max_new_tokens, stopping, kv, draw, eos_id, use_cache, window):
         (N, T), device, weight = ids.shape, ids.device, self.decoder.norm.weight
         size, rows, ragged = min(window, T + max_new_tokens), [*range(N)], min(lengths) < T           # S
+        cache = Cache(self.config, N, size, stopping["budget"] if kv == "latest" else 1, weight) if use_cache else None
         lengths = torch.tensor(lengths, device=device)
         pads, slots = T - lengths, torch.arange(size, device=device)
-        cache = Cache(self.config, N, size, stopping["budget"] if kv == "latest" else 1, weight) if use_cache else None
         for end in range(T - 1, T - 1 + max_new_tokens):    # every row ends at column `end` of the cache, and begins behind its pad
             width = size if self.static and end >= T else min(size, end + 1)
             held = end - (end - slots[:width]) % size       # the column whose keys and values a slot holds: the last that is s modulo S

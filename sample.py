@@ -11,7 +11,7 @@ from collections import Counter
 import torch
 
 import tiny
-from load_weights import add_model_flags, find, load, newest_checkpoint, number, pick_device, pick_dtype, run
+from load_weights import add_model_flags, compile_decoding, find, load, newest_checkpoint, number, pick_device, pick_dtype, run
 from loopus import HALTS, InputError, require
 
 SHADES = ((231, 16), (195, 16), (153, 16), (111, 16), (69, 231), (27, 231), (20, 231), (17, 231))   # background, text: light is few loops
@@ -65,6 +65,8 @@ def parse_args():
     parser.add_argument("--threshold", type=number(float, 0), help="of the stopping rule: q or 1 - Π(1 - q), a distance, or nats (default: the checkpoint's for confidence and cdf, 10 for convergence, 0.01 for kl)")
     parser.add_argument("--halt", choices=HALTS, default="confidence", help="stopping rule; none: always the whole budget")
     parser.add_argument("--kv", choices=["latest", "shared"], default="latest", help="keys and values: one set per loop, or one for all")
+    parser.add_argument("--window", type=number(int, 1), help="tokens that a token attends to, itself included (default: the model's context)")
+    parser.add_argument("--compile", action="store_true", help="compile decoding: a minute or more at first (kept for later runs), then faster; the same tokens")
     parser.add_argument("--max-new-tokens", type=number(int, 1), default=64)
     parser.add_argument("--temperature", type=number(float, 0), default=0.8, help="0: always the most likely token")
     parser.add_argument("--top-k", type=number(int, 1))
@@ -89,7 +91,9 @@ def main():
     if not model.config.from_checkpoint:
         print(f"warning: {args.model} is a plain backbone; its gate and head are untrained, so expect no sense from it", file=sys.stderr)
     default = {"confidence": model.config.exit_threshold, "cdf": model.config.exit_threshold, "convergence": 10.0}.get(args.halt, 0.01)
-    stopping = {"budget": args.budget, "halt": args.halt, "kv": args.kv, "exit_threshold": default if args.threshold is None else args.threshold}
+    stopping = {"budget": args.budget, "halt": args.halt, "kv": args.kv, "window": args.window, "exit_threshold": default if args.threshold is None else args.threshold}
+    if args.compile:
+        compile_decoding(model)
     if args.prompt is None and "tiny" in (model.config.base_model, args.model):
         tiny.show(model, args.seed, **stopping)
         return
@@ -97,8 +101,8 @@ def main():
     prompt = tokenizer.encode(args.prompt, bos=tokenizer.add_bos)
     if not prompt:
         raise InputError("--prompt: empty, and this tokenizer puts no token in front of a text; give at least one character")
-    if len(prompt) + args.max_new_tokens > (context := model.config.max_position_embeddings):
-        raise InputError(f"--prompt of {len(prompt)} tokens and --max-new-tokens {args.max_new_tokens}: the model's context is {context}; shorten one of them")
+    if len(prompt) + args.max_new_tokens > (window := args.window or model.config.max_position_embeddings):
+        print(f"note: {len(prompt)} + {args.max_new_tokens} tokens, so the window slides: each attends to the last {window}", file=sys.stderr)
     source = args.compare or model.config.base_model
     if args.compare is not None:              # known to be there before anything is generated
         try:

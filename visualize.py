@@ -7,6 +7,7 @@ accuracy.png      the tiny world: accuracy by budget and by steps needed, base a
 trajectories.png  Fig. 7: per prompt the PCA of h⁰ … hᴮ of the last token, the gate's α, the distances between successive states
 profile.png       Fig. 1: what each layer, run once, does to the state, with the split in use and the split that the rule proposes
 runs.png          with --runs: held-out loss of several training runs beside each other
+speed.png         with --bench: Fig. 11, seconds a token by context, cached and not, from bench.py's numbers
 budget.png        held-out loss by number of loops     } from --data, or from the log.jsonl of the model's training run
 training.png      losses and held-out loss by step     }
 """
@@ -224,6 +225,17 @@ def draw_accuracy(found, path):
     middle.legend(fontsize=7)
     finish(fig, path)
 
+def draw_speed(found, path):
+    """Fig. 11: seconds a token by context, one line a contender of bench.py."""
+    fig, ax = plt.subplots(figsize=(5.5, 3.8), layout="constrained")
+    at = [row["context"] for row in found["contexts"]]
+    for name, (colour, style, marker) in zip([name for name in found["contexts"][0] if name != "context"], LINES):
+        ax.plot(at, [row[name] for row in found["contexts"]], color=colour, ls=style, marker=marker, label=name if name == "uncached" else f"cached, {name}")
+    ax.set(xscale="log", yscale="log", xticks=at, xticklabels=at, xlabel="tokens before", ylabel="seconds a token", title=f"{found['shape']}, {found['budget']} loops")
+    ax.minorticks_off()
+    ax.legend()
+    finish(fig, path)
+
 def read_log(path):
     try:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -259,9 +271,13 @@ def main():
     parser.add_argument("--sequences", type=number(int, 1), default=16, help="of 256 tokens, taken from the start of --data")
     parser.add_argument("--out", type=Path, default=Path("figures"))
     parser.add_argument("--runs", type=Path, nargs="+", metavar="DIR", help="compare training runs by their log.jsonl (runs.png), and draw nothing else")
+    parser.add_argument("--bench", type=Path, metavar="FILE", help="draw the numbers that bench.py wrote (speed.png), and nothing else")
     args = parser.parse_args()
-    if args.runs:
-        draw_runs({run.name: read_log(run / "log.jsonl") for run in args.runs}, args.out / "runs.png")
+    if args.runs or args.bench:
+        if args.runs:
+            draw_runs({run.name: read_log(run / "log.jsonl") for run in args.runs}, args.out / "runs.png")
+        if args.bench:
+            draw_speed(read_json(args.bench), args.out / "speed.png")
         return
     args.model = args.model or newest_checkpoint()
     device = pick_device(args.device)

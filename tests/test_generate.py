@@ -1,11 +1,13 @@
 """generate() against a plain reference: no cache tensors, token by token, lists of the keys of every depth."""
 import math
+import shutil
 
 import pytest
 import torch
 
 from conftest import small
-from loopus import HALTS, InputError, rotary_angles, rotate
+from load_weights import compile_decoding
+from loopus import HALTS, Cache, InputError, rotary_angles, rotate
 
 
 def attend(attn, x, position, keys, values, config, window):
@@ -85,7 +87,7 @@ def reference(model, prompt, count, budget, threshold, halt, kv, window):
 
 def spread(model, ids):
     """A threshold in the middle of the confidences that the model really has, so that rows stop at different depths."""
-    qs = [s.confidence.item() for b in (1, 2, 3) for s in model.generate(ids, 4, budget=b, halt="none", temperature=0)]
+    qs = [q for b in (1, 2, 3) for s in model.generate(ids, 4, budget=b, halt="none", temperature=0) for q in s.confidence.tolist()]
     qs.sort()
     return (qs[len(qs) // 2] + qs[len(qs) // 2 - 1]) / 2
 
@@ -166,3 +168,51 @@ def test_sampling_follows_the_distribution():
 def test_bad_arguments_are_named_before_anything_runs(change, words):
     with pytest.raises(InputError, match=words):
         small().generate(**{"ids": torch.ones(2, 3).long(), "max_new_tokens": 2} | change)
+
+
+def test_work_of_a_token_is_its_loops_and_nothing_else():
+    """After the prompt every pass sees one token a row; a row that stopped or ended is in no later product; the host never asks the device but by tolist."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Asked(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            asked.append(function.name()) if function.name() in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select") else None
+            return function(*args, **(kwargs or {}))
+    model, asked, seen = small(3), [], {"E": [], "M": []}
+    model.encoder.layers.register_forward_pre_hook(lambda layers, inputs: seen["E"].append(inputs[0].shape[:2]))
+    model.reasoning.layers.register_forward_pre_hook(lambda layers, inputs: seen["M"].append(inputs[0].shape[:2]))
+    ids = torch.randint(0, 50, (4, 6), generator=torch.Generator().manual_seed(4))
+    steps = model.generate(ids, 8, lengths=[3, 6, 1, 5], budget=4, exit_threshold=spread(model, ids), temperature=0)
+    seen["E"].clear(), seen["M"].clear()
+    with Asked():
+        steps = list(steps)
+    assert not asked
+    assert seen["E"] == [(4, 6)] + [(4, 1)] * 7
+    assert sum(rows for rows, _ in seen["M"]) == sum(int(step.loops.sum()) for step in steps) < 4 * 8 * 4
+
+
+def test_cache_is_of_the_size_that_is_said_and_refused_before_it_is_made():
+    model = small(3)
+
+    def size(depths):
+        cache = Cache(model.config, 3, 7, depths, model.decoder.norm.weight)
+        return sum(x.numel() * x.element_size() for layers in (*cache.reasoning, cache.encoder, cache.decoder) for layer in layers for x in layer)
+    latest, shared = (Cache.bytes_per_token(model.config, depths, torch.float64) for depths in (8, 1))
+    assert (size(8), size(1)) == (3 * 7 * latest, 3 * 7 * shared)
+    outside = Cache.bytes_per_token(model.config, 0, torch.float64)
+    assert shared - outside == (latest - outside) / 8
+    with pytest.raises(InputError, match="GB are free"):
+        next(model.generate(torch.ones(2, 3).long(), 10**12, window=10**12))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs a C++ compiler")
+def test_compiled_decoding_gives_the_same_tokens_and_loops():
+    eager, compiled = small(3, dtype=torch.float32), small(3, dtype=torch.float32)
+    compile_decoding(compiled)
+    ids = torch.randint(0, 50, (3, 7), generator=torch.Generator().manual_seed(2))
+    for options in ({"kv": "latest"}, {"kv": "shared", "window": 9, "lengths": [2, 7, 5]}):
+        runs = [list(m.generate(ids, 8, budget=4, exit_threshold=spread(eager, ids), temperature=0, **options)) for m in (eager, compiled)]
+        assert len({int(n) for step in runs[0] for n in step.loops}) > 1
+        for a, b in zip(*runs, strict=True):
+            assert torch.equal(a.tokens, b.tokens) and torch.equal(a.loops, b.loops)
+            torch.testing.assert_close(a.confidence, b.confidence)

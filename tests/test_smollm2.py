@@ -38,8 +38,8 @@ def test_greedy_text_with_and_without_cache_is_the_same(loaded):
     model, tokenizer = loaded
     model.reasoning.gate.reset_parameters("open")
     ids = torch.tensor([tokenizer.encode("The capital of France is")])
-    tokens = [[s.tokens.item() for s in model.generate(ids, 8, budget=1, halt="none", temperature=0, use_cache=cache)] for cache in (True, False)]
-    assert tokens[0] == tokens[1] and "Paris" in tokenizer.decode(tokens[0])
+    tokens = [[s.tokens.item() for s in model.generate(ids, 256, budget=2, halt="none", temperature=0, use_cache=cache)] for cache in (True, False)]
+    assert tokens[0] == tokens[1] and "Paris" in tokenizer.decode([s.tokens.item() for s in model.generate(ids, 8, budget=1, halt="none", temperature=0)])
 
 
 def test_logits_equal_transformers(loaded):
