@@ -232,7 +232,9 @@ def draw_speed(found, path):
     for name, (colour, style, marker) in zip([name for name in found["contexts"][0] if name != "context"], LINES):
         ax.plot(at, [row[name] for row in found["contexts"]], color=colour, ls=style, marker=marker, label=name if name == "uncached" else f"cached, {name}")
     ax.set(xscale="log", yscale="log", xticks=at, xticklabels=at, xlabel="tokens before", ylabel="seconds a token", title=f"{found['shape']}, {found['budget']} loops")
-    ax.minorticks_off()
+    ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
     ax.legend()
     finish(fig, path)
 
