@@ -6,9 +6,11 @@ A Hugging Face backbone loads by a change of prefix (`layout`), a LoopUS checkpo
 must be there in the shape the config gives, and nothing else may be.
 """
 import argparse
+import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import unicodedata
 from pathlib import Path
@@ -17,7 +19,7 @@ import regex                                  # comes with tiktoken
 import tiktoken
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from loopus import InputError, LoopUS, LoopUSConfig, require
 
@@ -341,6 +343,60 @@ def save(model, tokenizer, directory):
     finally:
         for partial in written:
             partial.unlink(missing_ok=True)
+
+# ---- checkpoints of a run: the published layout, and beside it what training needs to go on ---------------------------
+
+def digests(directory):
+    """SHA-256 of a checkpoint's tensors by file."""
+    found = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+def save_checkpoint(model, tokenizer, target, keep, pairs, optimizer, facts):
+    """Save as `target`, kind-000123, written beside and renamed; of the folder's older ones of the kind, the newest `keep` stay.
+    Beside the published layout: trainer.safetensors (masters, moments, random state) and trainer.json (`facts`)."""
+    out, partial, kind = target.parent, target.with_name(f".{target.name}.partial"), target.name.split("-")[0]
+    try:
+        for stale in out.glob(f".{kind}-*.partial"):              # of a run that was killed in a save
+            shutil.rmtree(stale)
+        save(model, tokenizer, partial)
+        state = {"random": torch.get_rng_state()} | {f"{name}.master": master for name, (p, master) in pairs.items() if master is not p}
+        state |= {f"{name}.{moment}": optimizer.state[master][moment] for name, (_, master) in pairs.items() for moment in optimizer.state[master]}
+        save_file(state, partial / "trainer.safetensors")
+        (partial / "trainer.json").write_text(json.dumps(facts | {"digests": digests(partial)}) + "\n")
+        os.replace(partial, target)
+        for old in sorted(out.glob(f"{kind}-*"))[:-keep]:
+            shutil.rmtree(old)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{target}: could not be written ({error}); free space, then --resume goes on from the newest checkpoint in {out}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+def resumable(out, kind, flags):
+    """The newest whole checkpoint of a run in `out` -> (directory, its facts), or (None, None). A broken one is set aside, with a word."""
+    for path in sorted(out.glob(f"{kind}-*"), reverse=True):
+        try:
+            facts = read_json(path / "trainer.json")
+            require(facts.get("digests") == digests(path), "its tensors are not what was saved")
+        except InputError as error:
+            print(f"{path}: broken ({error}); it is set aside, the one before it is taken")
+            os.replace(path, path.with_name(f"broken-{path.name}"))
+            continue
+        for name, value in flags.items():
+            require(facts["flags"][name] == value, f"--resume: {path} was trained with --{name.replace('_', '-')} {facts['flags'][name]}, now it is {value}; give the same, or another --out")
+        return path, facts
+    return None, None
+
+def restore(path, pairs, optimizer):
+    """Put a checkpoint's masters, moments and random state back."""
+    state = load_file(path / "trainer.safetensors")
+    torch.set_rng_state(state.pop("random"))
+    for name, (p, master) in pairs.items():
+        if master is not p:
+            master.data.copy_(state[f"{name}.master"])
+        optimizer.state[master] = {moment: state[f"{name}.{moment}"].to(master.device if moment != "step" else "cpu") for moment in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{moment}" in state}
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------
 

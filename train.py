@@ -3,29 +3,39 @@
     python train.py                                     the embedded tiny world (tiny.py)
     python train.py --model DIR --data text.jsonl
 
-`training_step` is the method. The rest is an ordinary training loop: batches, AdamW on fp32 masters, warm-up and one cosine, evaluation.
+    torchrun --nproc_per_node 8 train.py --model …      data parallel: each process its own batches, gradients averaged
+
+`training_step` is the method. The rest is an ordinary training loop: batches, AdamW on fp32 masters, warm-up and one cosine, evaluation,
+and checkpoints from which --resume goes on as if nothing had happened.
 """
 import argparse
+import concurrent.futures
 import ctypes
+import functools
+import itertools
 import json
 import math
 import os
 import random
-import shutil
+import signal
 import sys
 import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import data
 import tiny
-from load_weights import ADDED, add_model_flags, load, number, pick_device, pick_dtype, run, save
+from load_weights import ADDED, add_model_flags, load, number, pick_device, pick_dtype, restore, resumable, run, save_checkpoint
 from loopus import InputError, require
 
 BUDGETS = (1, 2, 4, 8)                        # loops at which the held-out loss is taken
+CHUNK = 1024                                  # tokens whose logits are in memory together
+PATIENCE = 5                                  # steps in a row without a finite gradient before a run stops
 
 # ---- the method ------------------------------------------------------------------------------------------------------
 
@@ -34,10 +44,17 @@ def next_tokens(ids):
     return torch.cat((ids[:, 1:], torch.full_like(ids[:, :1], -100)), dim=1)
 
 def next_token_loss(model, h, targets):
-    """L_LM of every sequence (N,), in nats a target, and the share (N,) of its targets that argmax D(h) gets right (eq. 11, 13)."""
-    logits, counts = model.decode(h), (targets >= 0).sum(1)                          # (N, T, V), (N,)
-    loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1), targets.flatten(), reduction="none").view_as(targets).sum(1) / counts
-    return loss, (logits.argmax(-1) == targets).sum(1) / counts
+    """L_LM of every sequence (N,), in nats a target, and the share (N,) of its targets that argmax D(h) gets right (eq. 11, 13).
+    The logits of a chunk of tokens are made, used and, where there are several chunks, made again for the gradient: never all at once."""
+    def head(x, targets):                                                            # (C, D), (C,)
+        logits = model.decoder.logits(x)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))         # (C, V)
+        return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
+    x = model.decoder.layers(h, model._span(h.shape[1]))
+    chunks = list(zip(x.flatten(0, 1).split(CHUNK), targets.flatten().split(CHUNK)))
+    parts = [head(*chunk) if len(chunks) == 1 else checkpoint(head, *chunk, use_reentrant=False) for chunk in chunks]
+    loss, right = (torch.cat(part).view_as(targets).sum(1) / (targets >= 0).sum(1) for part in zip(*parts))
+    return loss, right
 
 def training_step(model, ids, loops, supervised, scale=1.0, targets=None):
     """Run up to `loops` loops on ids (N, T); at each index in `supervised` add the gradient of that one loop's losses to .grad.
@@ -99,19 +116,19 @@ def evaluate(model, held_out, batch_size, plain):
 # ---- the training loop -----------------------------------------------------------------------------------------------
 
 def fp32_masters(model, dtype):
-    """Freeze E, put the backbone into `dtype`, and return [(parameter, fp32 master)] of all that is trained.
+    """Freeze E, put the backbone into `dtype`, and return {name: (parameter, fp32 master)} of all that is trained.
 
     The optimizer sees masters only: a step of 5e-5 would be rounded away on about 43 % of typical bf16 weights. Where a parameter is
     fp32 it is its own master; else its gradient moves to the master as soon as a backward pass has made it: K losses add up in fp32.
     """
-    pairs = []
+    pairs = {}
     for name, p in model.named_parameters():
         if name.startswith("encoder."):
             p.requires_grad_(False)
             p.data = p.data.to(dtype)
         elif dtype == torch.float32 or name.startswith(ADDED):
             p.data = p.data.float()
-            pairs.append((p, p))
+            pairs[name] = p, p
         else:
             master = nn.Parameter(p.detach().float())
             p.data = p.data.to(dtype)
@@ -120,8 +137,13 @@ def fp32_masters(model, dtype):
                 master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
                 p.grad = None
             p.register_post_accumulate_grad_hook(move_gradient)
-            pairs.append((p, master))
+            pairs[name] = p, master
     return pairs
+
+def checkpoint_activations(model):
+    """Keep only each layer's input for the gradient, and make the rest again when it is needed."""
+    for layer in (*model.reasoning.layers, *model.decoder.layers):
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
 def keep_freed_memory():
     """Have glibc keep freed buffers (M_MMAP_MAX 0, a large M_TRIM_THRESHOLD): else every buffer of logits comes from the kernel page
@@ -136,19 +158,6 @@ def learning_rate(step, steps, peak, warmup):
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-
-def save_checkpoint(model, tokenizer, target, keep):
-    """Save as `target`, kind-000123, written beside and renamed; of the folder's older ones of the kind, the newest `keep` stay."""
-    out, partial = target.parent, target.with_name(f".{target.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        save(model, tokenizer, partial)
-        os.replace(partial, target)
-        for old in sorted(out.glob(target.name.split("-")[0] + "-*"))[:-keep]:
-            shutil.rmtree(old)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return target
 
 def parse_args():
     parser = argparse.ArgumentParser(description="Recast a pretrained model and train it with random deep supervision.",
@@ -172,6 +181,9 @@ def parse_args():
     parser.add_argument("--gate-init", choices=["paper", "open"], default="paper", help="of a fresh recast's gate")
     parser.add_argument("--control", action="store_true", help="train the backbone plainly instead, on the same tokens")
     parser.add_argument("--eval-every", type=number(int, 1), default=100, help="steps between evaluations, each with a checkpoint")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out, if there is one")
+    parser.add_argument("--checkpoint-activations", action="store_true", help="keep only each layer's input for the gradient and make the rest again: less memory, a third more work in supervised loops")
+    parser.add_argument("--compile", action="store_true", help="compile the layers: faster after a minute or more")
     parser.add_argument("--keep", type=number(int, 1), default=2, help="newest checkpoints kept")
     if parser.parse_known_args()[0].model == "tiny":
         parser.set_defaults(**tiny.RECIPE)
@@ -195,34 +207,61 @@ def material(args, tokenizer, device):
     stream = data.batches(args.data, tokenizer, args.batch_size, args.seq_len, args.seed, skip=0 if args.eval_data else args.eval_sequences)
     return (ids, next_tokens(ids)), ((ids, next_tokens(ids)) for ids in stream)
 
+def average(tensors):
+    """Mean of each tensor over all processes, in place."""
+    for x in tensors if dist.is_initialized() else ():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+
 def fit(args):
     """Train as the flags say, the backbone plainly if args.control; -> the trained model."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     kind = "control" if args.control else "step"      # a control's folder is not taken for a LoopUS model by sample.py
-    require(not any(path.name == "log.jsonl" or path.name.startswith(kind + "-") for path in args.out.glob("*")), f"--out {args.out}: holds a run already; choose another folder or move it away")
-    device = pick_device(args.device)
+    flags = {name: str(value) for name, value in vars(args).items() if name not in ("out", "resume", "device", "keep", "checkpoint_activations", "compile")}
+    log_path = args.out / "log.jsonl"
+    require(args.resume or not any(path == log_path or path.name.startswith(kind + "-") for path in args.out.glob("*")),
+            f"--out {args.out}: holds a run already; go on with --resume, choose another folder, or move it away")
+    resumed, facts = resumable(args.out, kind, flags) if args.resume else (None, None)
+    device = pick_device(args.device if world == 1 or args.device != "auto" else f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu")
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
-    choice = random.Random(args.seed)
-    model, tokenizer = load(args.model, split=args.split, device=device)
+    choice = random.Random(args.seed)                 # the same supervised loops in every process
+    model, tokenizer = load(str(resumed or args.model), split=args.split, device=device)
     require(tokenizer, f"--model {args.model}: no tokenizer.json in it, which text needs")
     require(args.seq_len <= model.config.max_position_embeddings, f"--seq-len {args.seq_len}: the model's context is {model.config.max_position_embeddings}")
-    if model.config.from_checkpoint:
-        print('going on from a LoopUS checkpoint: its gate is kept, and "pretrained" below is its own layers run once, ungated')
-    else:
+    if not model.config.from_checkpoint:
         model.reasoning.gate.reset_parameters(args.gate_init)
+    elif not resumed:
+        print('going on from a LoopUS checkpoint: its gate is kept, and "pretrained" below is its own layers run once, ungated')
     model.config.loops, model.config.exit_threshold = args.loops, args.threshold
     pairs = fp32_masters(model, dtype)
-    masters = [master for _, master in pairs]
+    masters = [master for _, master in pairs.values()]
     optimizer = torch.optim.AdamW(masters, lr=args.lr, weight_decay=0.0, fused=device.type in ("cuda", "cpu"))
+    first, tokens, spent, batches_read, skipped = 0, 0, 0.0, 0, 0
+    if resumed:
+        restore(resumed, pairs, optimizer)
+        first, tokens, spent, batches_read, skipped = (facts[name] for name in ("step", "tokens", "spent", "batches", "skipped"))
+        choice.setstate((facts["choice"][0], tuple(facts["choice"][1]), facts["choice"][2]))
+        print(f"going on from {resumed}" + f"; reading past {batches_read} batches" * bool(batches_read))
+    for layer in (*model.reasoning.layers, *model.decoder.layers) if args.compile else ():
+        layer.compile()
+    if args.checkpoint_activations:
+        checkpoint_activations(model)
 
     held_out, stream = material(args, tokenizer, device)
+    stream = itertools.islice(stream, batches_read + rank, None, world)
+    worker = concurrent.futures.ThreadPoolExecutor(1)                          # makes the next batch while this one is trained on
     batch = next(stream)                      # data that cannot be read is found before anything is written
-
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        log = open(args.out / "log.jsonl", "x", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--out {args.out}: not writable ({error})") from None
+        kept = [line for line in log_path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= first] if resumed and log_path.exists() else []
+        partial = log_path.with_name(".log.jsonl.partial")
+        if rank == 0:
+            partial.write_text("".join(line + "\n" for line in kept))
+            os.replace(partial, log_path)
+        log = open(log_path if rank == 0 else os.devnull, "a", encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"--out {args.out}: not usable ({error})") from None
 
     def write_log(record):
         log.write(json.dumps(record) + "\n")
@@ -235,50 +274,78 @@ def fit(args):
         write_log({"step": step, "eval": record})
         print("      held-out loss  " + "  ".join(f"{'budget ' * name.isdigit()}{name} {loss:.3f}" for name, loss in record.items()), flush=True)
 
+    def save_now(step):
+        target = args.out / f"{kind}-{step:06d}"
+        facts = {"step": step, "tokens": tokens, "spent": spent, "batches": batches_read, "skipped": skipped, "choice": choice.getstate(), "flags": flags}
+        if rank == 0 and not target.exists():
+            save_checkpoint(model, tokenizer, target, args.keep, pairs, optimizer, facts)
+        print(f"      saved {target}", flush=True)
+
     trained, frozen = (sum(p.numel() for p in ps) / 1e6 for ps in (masters, model.encoder.parameters()))
     print(f"{args.model} on {device}: {trained:.1f} M parameters trained, {frozen:.1f} M frozen (embedding and encoder); {str(dtype).removeprefix('torch.')} "
-          f"computation, fp32 masters; {args.steps} steps of {args.accumulate} x {args.batch_size} sequences")
-    pretrained = evaluate(model, held_out, args.batch_size, plain=True)["plain"]
-    report_held_out(0)
+          f"computation, fp32 masters; {args.steps} steps of {args.accumulate} x {args.batch_size}{f' x {world}' * (world > 1)} sequences")
+    if resumed and kept:
+        pretrained = json.loads(kept[0])["eval"]["pretrained"]
+    else:
+        pretrained = evaluate(model, held_out, args.batch_size, plain=True)["plain"]
+        report_held_out(0)
     print("  step    loss      lm    mono       q      norm        lr   tokens  tok/s      ETA")
     if device.type == "cpu":
         keep_freed_memory()
-    tokens, started, spent = 0, time.perf_counter(), 0.0
-    for step in range(args.steps):
+    asked, bad, started = [], 0, time.perf_counter()
+
+    def ask(number, frame):                   # the first signal ends the run after this step, a second at once
+        asked.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    for number_ in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number_, ask)
+    for step in range(first, args.steps):
         before = time.perf_counter()
         lr = learning_rate(step, args.steps, args.lr, args.warmup)
         optimizer.param_groups[0]["lr"] = lr
         records = []
         for _ in range(args.accumulate):
-            (ids, targets), batch = (x.to(device) for x in batch), next(stream)
+            (ids, targets), coming = (x.to(device) for x in batch), worker.submit(next, stream)
             if args.control:
                 records += control_step(model, ids, 1 / args.accumulate, targets)
             else:
                 records += training_step(model, ids, args.loops, set(choice.sample(range(args.loops), args.supervised)), 1 / args.accumulate, targets)
-            tokens += ids.numel()
+            tokens, batches_read, batch = tokens + world * ids.numel(), batches_read + world, coming.result()
+        means = torch.tensor([sum(r[name] for r in records) / len(records) for name in ("lm", "mono", "q")] + [len(asked)], dtype=torch.float64, device=device)
+        average([master.grad for master in masters] + [means])
+        lm, mono, q, stop = means.tolist()
         norm = nn.utils.clip_grad_norm_(masters, args.clip).item()
-        require(math.isfinite(norm), f"step {step + 1}: the gradient is not finite; nothing of this step was kept, the last checkpoint in {args.out} is good; try a smaller --lr")
-        optimizer.step()
+        if math.isfinite(norm):
+            optimizer.step()
+            with torch.no_grad():
+                for p, master in pairs.values():
+                    if p is not master:
+                        p.copy_(master)
+        bad, skipped = (0, skipped) if math.isfinite(norm) else (bad + 1, skipped + 1)
         optimizer.zero_grad()
-        with torch.no_grad():
-            for p, master in pairs:
-                if p is not master:
-                    p.copy_(master)
         spent += time.perf_counter() - before
-        mean = {name: sum(r[name] for r in records) / len(records) for name in ("lm", "mono", "q")}
-        loss, speed = sum(mean.values()), tokens / spent
+        loss, speed = lm + mono + q, tokens / spent
         eta = (args.steps - step - 1) * spent / (step + 1)
-        write_log({"step": step + 1, "tokens": tokens, "lr": lr, "loss": loss, **mean, "norm": norm, "tokens_per_s": speed})
-        print(f"{step + 1:6d} {loss:7.3f} {mean['lm']:7.3f} {mean['mono']:7.3f} {mean['q']:7.3f} {norm:9.2f} {lr:9.2e} {tokens:8d} {speed:6.0f} "
-              f"{int(eta) // 3600:2d}:{int(eta) // 60 % 60:02d}:{int(eta) % 60:02d}", flush=True)
+        write_log({"step": step + 1, "tokens": tokens, "lr": lr, "loss": loss, "lm": lm, "mono": mono, "q": q, "norm": norm, "tokens_per_s": speed, "skipped": skipped})
+        print(f"{step + 1:6d} {loss:7.3f} {lm:7.3f} {mono:7.3f} {q:7.3f} {norm:9.2f} {lr:9.2e} {tokens:8d} {speed:6.0f} "
+              f"{int(eta) // 3600:2d}:{int(eta) // 60 % 60:02d}:{int(eta) % 60:02d}" + f"   not finite: step skipped, {skipped} so far" * (bad > 0), flush=True)
+        require(bad < PATIENCE, f"step {step + 1}: the gradient was not finite {PATIENCE} times in a row; the newest checkpoint in {args.out} is good; try a smaller --lr")
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
             report_held_out(step + 1)
-            print(f"      saved {save_checkpoint(model, tokenizer, args.out / f'{kind}-{step + 1:06d}', args.keep)}", flush=True)
+            save_now(step + 1)
+        if stop and step + 1 < args.steps:
+            save_now(step + 1)
+            print("stopped; the same command with --resume goes on from here")
+            sys.exit(130)
     print(f"{tokens} tokens in {time.perf_counter() - started:.0f} s")
     return model
 
 def main():
     args = parse_args()
+    if "WORLD_SIZE" in os.environ:            # started by torchrun
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")
     model = fit(args)
     if args.model == "tiny":                  # the control beside it, then what came of both
         out, alone = args.out, args.control

@@ -1,13 +1,17 @@
 """training_step against straight-line computations, and the command as a user runs it."""
 import json
 import math
+import os
+import random
+import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train
 from conftest import ROOT, script, small
@@ -128,7 +132,8 @@ def test_fp32_masters_collect_the_gradients_of_a_bf16_model():
     train.training_step(model, ids, 4, {0, 2})
     names = [name for name, _ in exact.named_parameters() if not name.startswith("encoder.")]
     assert len(names) == len(pairs)
-    for name, (p, master) in zip(names, pairs):
+    assert list(pairs) == names
+    for name, (p, master) in pairs.items():
         assert master.dtype == torch.float32 and master.grad.dtype == torch.float32
         assert (p is master) == name.startswith(("reasoning.gate", "q_head")) and (p is master or p.dtype == torch.bfloat16)
         wanted = dict(exact.named_parameters())[name].grad
@@ -144,6 +149,7 @@ def test_learning_rate_warms_up_and_follows_one_cosine():
     assert train.learning_rate(0, 1, 2.0, 300) == 2.0 and train.learning_rate(0, 100, 2.0, 0) == 2.0
 
 
+KILLS = 6                                     # moments at which a run is killed; 20 were tried once
 RECIPE = ["--steps", 4, "--batch-size", 2, "--accumulate", 2, "--seq-len", 32, "--lr", "1e-3", "--loops", 4, "--supervised", 2, "--eval-every", 2, "--eval-sequences", 3]
 
 
@@ -226,3 +232,137 @@ def test_a_full_disk_ends_a_run_with_one_line_and_what_it_had(backbone, corpus, 
                           capture_output=True, text=True)
     assert done.returncode == 2 and "could not be written" in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["log.jsonl"]
+
+
+def state_of(out, step=4):
+    return {file: load_file(out / f"step-{step:06d}" / file) for file in ("model.safetensors", "trainer.safetensors")}
+
+
+def equal(a, b):
+    return all(set(a[file]) == set(b[file]) and all(torch.equal(a[file][name], b[file][name]) for name in a[file]) for file in a)
+
+
+def losses(out):
+    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"} for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name, dtype", [("a", "float32"), ("half", "bfloat16")])
+def test_a_killed_run_goes_on_bit_for_bit(trained, backbone, corpus, tmp_path, name, dtype):
+    """kill -9 at random moments, also in a save, --resume each time: weights, moments, masters and log are those of the undisturbed run."""
+    out, _ = trained
+    rng, command = random.Random(dtype), [sys.executable, str(ROOT / "train.py"), *map(str, ["--model", backbone, "--data", corpus, "--out", tmp_path / "run", *RECIPE, "--dtype", dtype, "--resume"])]
+    for _ in range(KILLS):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "2"}) as running:
+            try:
+                assert running.wait(timeout=rng.uniform(2.5, 5.5)) == 0, running.stderr.read()
+            except subprocess.TimeoutExpired:
+                running.kill()
+    done = script("train.py", *command[2:])
+    assert done.returncode == 0, done.stderr
+    assert equal(state_of(out / name), state_of(tmp_path / "run")) and losses(out / name) == losses(tmp_path / "run")
+    assert not [path for path in (tmp_path / "run").iterdir() if "partial" in path.name]
+
+
+def test_a_broken_checkpoint_is_set_aside_and_the_one_before_is_taken(trained, backbone, corpus, tmp_path):
+    out, _ = trained
+    shutil.copytree(out / "a", tmp_path / "run")
+    broken = tmp_path / "run" / "step-000004" / "trainer.safetensors"
+    with open(broken, "r+b") as file:
+        file.seek(-5, 2)
+        file.write(b"\x7f")                   # one byte of a tensor: the file still opens
+    again = script("train.py", "--model", backbone, "--data", corpus, "--out", tmp_path / "run", *RECIPE, "--dtype", "float32", "--resume")
+    assert again.returncode == 0 and "set aside" in again.stdout and "step-000002" in again.stdout, again.stderr
+    assert (tmp_path / "run" / "broken-step-000004").exists() and equal(state_of(out / "a"), state_of(tmp_path / "run")) and losses(out / "a") == losses(tmp_path / "run")
+
+
+def test_resuming_with_other_flags_is_refused_and_changes_nothing(trained, backbone, corpus):
+    out, _ = trained
+    before = (out / "a" / "log.jsonl").read_bytes()
+    again = script("train.py", "--model", backbone, "--data", corpus, "--out", out / "a", *RECIPE, "--dtype", "float32", "--resume", "--lr", "5e-4")
+    assert again.returncode == 2 and "--lr 0.001, now it is 0.0005" in again.stderr and (out / "a" / "log.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(trained, backbone, corpus, tmp_path, number):
+    out, _ = trained
+    command = [sys.executable, "-u", str(ROOT / "train.py"), *map(str, ["--model", backbone, "--data", corpus, "--out", tmp_path / "run", *RECIPE, "--dtype", "float32"])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"}) as running:
+        while not running.stdout.readline().startswith("     1 "):
+            pass
+        running.send_signal(number)
+        rest, errors = running.communicate(timeout=100)
+    assert running.returncode == 130 and "--resume" in rest and "saved" in rest and "Traceback" not in errors, errors
+    again = script("train.py", *command[3:], "--resume")
+    assert again.returncode == 0 and "going on from" in again.stdout, again.stderr
+    assert equal(state_of(out / "a"), state_of(tmp_path / "run"))
+
+
+def test_two_processes_train_as_one_on_the_whole_batch(trained, backbone, corpus, tmp_path):
+    """torchrun with two processes of one sequence each and one process with two: the same batches of two, so the same weights but for rounding;
+    and each opens the other's checkpoint."""
+    recipe = [*RECIPE[:2], "--accumulate", 2, *RECIPE[6:], "--dtype", "float32", "--lr", "1e-3"]
+    flags = lambda out: list(map(str, ["--model", backbone, "--data", corpus, "--out", tmp_path / out, *recipe]))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(random.Random().randint(20000, 60000)), str(ROOT / "train.py")]
+    run = lambda *command: subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    two = run(*torchrun, *flags("two"), "--batch-size", "1")
+    assert two.returncode == 0, two.stderr
+    one = script("train.py", *flags("one"), "--batch-size", 2)
+    assert one.returncode == 0, one.stderr
+    for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4) if "loss" in a else a["eval"] == pytest.approx(b["eval"], rel=1e-3)
+    for name, again in (("two", lambda: script("train.py", *flags("two"), "--batch-size", 1, "--resume")),
+                        ("one", lambda: run(*torchrun, *flags("one"), "--batch-size", "2", "--resume"))):
+        shutil.rmtree(tmp_path / name / "step-000004")
+        done = again()                        # the other number of processes opens it, and goes on
+        assert done.returncode == 0 and "going on from" in done.stdout and [r["step"] for r in losses(tmp_path / name) if "loss" in r] == [1, 2, 3, 4], done.stderr
+
+
+def test_logits_are_made_a_chunk_at_a_time_and_memory_does_not_grow_with_loops(monkeypatch):
+    """Chunks of any size give the same gradients; the largest tensor that a step ever makes is a chunk of logits, whatever B."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(x, torch.Tensor))
+            return out
+    ids = torch.randint(0, 5000, (4, 32), generator=torch.Generator().manual_seed(5))
+    whole, parts = small(2, vocab_size=5000), small(2, vocab_size=5000)
+    train.training_step(whole, ids, 4, {0, 2})
+    monkeypatch.setattr(train, "CHUNK", 10)
+    sizes = []
+    with Largest():
+        train.training_step(parts, ids, 4, {0, 2})
+    assert max(sizes) == 5000 * 32            # the head's own weight; all logits are 4 x 32 x 5000
+    for name, g in gradients(whole).items():
+        torch.testing.assert_close(gradients(parts)[name], g, rtol=1e-9, atol=1e-12)
+
+
+def test_activation_checkpointing_saves_less_and_changes_nothing(backbone, corpus, tmp_path):
+    """The tensors that autograd keeps for a supervised loop, with and without; and the command gives the same run."""
+    def kept(checkpointed):
+        model, ids = small(2), torch.randint(0, 50, (2, 30), generator=torch.Generator().manual_seed(5))
+        if checkpointed:
+            train.checkpoint_activations(model)
+        size = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: size.setdefault(x.data_ptr(), x.numel()) and x, lambda x: x):
+            h, q = model.loop(model.encode(ids).detach())
+        train.training_step(model, ids, 3, {1})
+        return sum(size.values()), gradients(model)
+    (more, a), (less, b) = kept(False), kept(True)
+    assert less < 0.5 * more and all(torch.equal(a[name], b[name]) for name in a)
+    done = [script("train.py", "--model", backbone, "--data", corpus, "--out", tmp_path / name, *RECIPE, "--dtype", "float32", *flags)
+            for name, flags in (("plain", []), ("less", ["--checkpoint-activations"]))]
+    assert [d.returncode for d in done] == [0, 0], done[1].stderr
+    assert losses(tmp_path / "plain") == losses(tmp_path / "less")
+
+
+def test_steps_without_a_finite_gradient_are_skipped_and_stop_the_run_in_time(backbone, corpus, tmp_path):
+    """Every weight of one layer is made infinite in a copy of the model: each step is skipped and shown, the fifth in a row is the last."""
+    shutil.copytree(backbone, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"].fill_(float("inf"))
+    save_file(weights, tmp_path / "model" / "model.safetensors")
+    recipe = ["--steps", 9, *RECIPE[2:]]
+    done = script("train.py", "--model", tmp_path / "model", "--data", corpus, "--out", tmp_path / "run", *recipe, "--eval-every", 100)
+    assert done.returncode == 2 and "step skipped, 5 so far" in done.stdout and "not finite 5 times in a row" in done.stderr and "Traceback" not in done.stderr, done.stderr
