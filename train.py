@@ -304,13 +304,16 @@ def fit(args):
         lr = learning_rate(step, args.steps, args.lr, args.warmup)
         optimizer.param_groups[0]["lr"] = lr
         records = []
-        for _ in range(args.accumulate):
-            (ids, targets), coming = (x.to(device) for x in batch), worker.submit(next, stream)
-            if args.control:
-                records += control_step(model, ids, 1 / args.accumulate, targets)
-            else:
-                records += training_step(model, ids, args.loops, set(choice.sample(range(args.loops), args.supervised)), 1 / args.accumulate, targets)
-            tokens, batches_read, batch = tokens + world * ids.numel(), batches_read + world, coming.result()
+        try:
+            for _ in range(args.accumulate):
+                (ids, targets), coming = (x.to(device) for x in batch), worker.submit(next, stream)
+                if args.control:
+                    records += control_step(model, ids, 1 / args.accumulate, targets)
+                else:
+                    records += training_step(model, ids, args.loops, set(choice.sample(range(args.loops), args.supervised)), 1 / args.accumulate, targets)
+                tokens, batches_read, batch = tokens + world * ids.numel(), batches_read + world, coming.result()
+        except torch.OutOfMemoryError:
+            raise InputError(out_of_memory(args, model.config, dtype)) from None
         means = torch.tensor([sum(r[name] for r in records) / len(records) for name in ("lm", "mono", "q")] + [len(asked)], dtype=torch.float64, device=device)
         average([master.grad for master in masters] + [means])
         lm, mono, q, stop = means.tolist()
@@ -339,6 +342,15 @@ def fit(args):
             sys.exit(130)
     print(f"{tokens} tokens in {time.perf_counter() - started:.0f} s")
     return model
+
+def out_of_memory(args, config, dtype):
+    """What to change when a step does not fit, and about what each choice would need: a supervised loop keeps, per token and layer,
+    some ten states, three of the MLP's width and the heads; with --checkpoint-activations one state."""
+    states, layers = 10 * config.hidden_size + 3 * config.intermediate_size, config.reasoning_layers
+    need = lambda tokens, kept: f"about {tokens * kept * dtype.itemsize / 1e9:.1f} GB of activations"
+    tokens, kept, least = args.batch_size * args.seq_len, states * layers, config.hidden_size * layers + states
+    return (f"out of memory in a step of --batch-size {args.batch_size} x --seq-len {args.seq_len} ({need(tokens, kept)}): halve one of them, with twice "
+            f"--accumulate for the batch ({need(tokens // 2, kept)}), or add --checkpoint-activations ({need(tokens, least)})")
 
 def main():
     args = parse_args()
