@@ -329,7 +329,7 @@ def test_logits_are_made_a_chunk_at_a_time_and_memory_does_not_grow_with_loops(m
     ids = torch.randint(0, 5000, (4, 32), generator=torch.Generator().manual_seed(5))
     whole, parts = small(2, vocab_size=5000), small(2, vocab_size=5000)
     train.training_step(whole, ids, 4, {0, 2})
-    monkeypatch.setattr(train, "CHUNK", 10)
+    monkeypatch.setattr(train, "CHUNK", 10 * 5000)
     sizes = []
     with Largest():
         train.training_step(parts, ids, 4, {0, 2})
