@@ -220,9 +220,13 @@ def fit(args):
     kind = "control" if args.control else "step"      # a control's folder is not taken for a LoopUS model by sample.py
     flags = {name: str(value) for name, value in vars(args).items() if name not in ("out", "resume", "device", "keep", "checkpoint_activations", "compile")}
     log_path = args.out / "log.jsonl"
+    if rank > 0:
+        dist.barrier()                        # process 0 looks first: it may set a broken checkpoint aside
     require(args.resume or not any(path == log_path or path.name.startswith(kind + "-") for path in args.out.glob("*")),
             f"--out {args.out}: holds a run already; go on with --resume, choose another folder, or move it away")
     resumed, facts = resumable(args.out, kind, flags) if args.resume else (None, None)
+    for _ in range(0 if world == 1 else 1 if rank > 0 else 2):
+        dist.barrier()                        # and nobody writes before all have looked
     device = pick_device(args.device if world == 1 or args.device != "auto" else f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu")
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
