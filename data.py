@@ -7,34 +7,57 @@ import gzip
 import itertools
 import json
 import lzma
+import re
 import zlib
 from pathlib import Path
 
 import torch
 
+from load_weights import fetch, hub_files
 from loopus import InputError, require
 
 SHUFFLE = 1024                                # sequences that are shuffled together
 
-def documents(path):
-    """The documents of a .txt (one), .jsonl, .jsonl.gz, .jsonl.xz or .parquet file (field or column "text"), in order."""
+KINDS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
+
+def shards(source):
+    """The files of --data as functions that give each one's path: a file, those of a folder, or those of a hub data set (org/name, or
+    org/name/folder), fetched when their turn comes. Of a data set that names splits, the training split."""
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.name.endswith(KINDS))
+        require(files, f"{path}: no {', '.join(KINDS)} file in this folder")
+        return [lambda file=file: file for file in files]
+    if path.exists() or path.name.endswith(KINDS) or not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?", str(source)):
+        return [lambda: path]
+    owner, name, *folder = str(source).strip("/").split("/")
+    repo, within = f"{owner}/{name}", "".join(f"{part}/" for part in folder)
+    files = hub_files(repo, "main", [f"{within}*{kind}" for kind in KINDS], "dataset")
+    split = [file for file in files if "train" in file.removeprefix(within)] or [*files]
+    require(split, f"{source}: no {', '.join(KINDS)} file in this data set" + f" below {within}" * bool(within))
+    return [lambda file=file: fetch(repo, "main", {file: files[file]}, "dataset") / file for file in sorted(split)]
+
+def documents(path, skip=0):
+    """(number, text) of the documents of a .txt (one), .jsonl, .jsonl.gz, .jsonl.xz or .parquet file (field or column "text"), from number `skip` on."""
     path = Path(path)
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     try:
         if path.name.endswith(".txt"):
-            yield path.read_text(encoding="utf-8")
+            yield 0, path.read_text(encoding="utf-8")
         elif path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.xz")):
             with opener(path, "rt", encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield text_of(line, f"{path}, line {number}")
+                yield from ((n, text_of(line, f"{path}, line {n + 1}")) for n, line in enumerate(lines) if n >= skip and line.strip())
         elif path.name.endswith(".parquet"):
             import pyarrow.parquet
             with pyarrow.parquet.ParquetFile(path) as file:
                 columns = {field.name: str(field.type) for field in file.schema_arrow}
                 require(columns.get("text") in ("string", "large_string"), f"{path}: expected a column text of strings, found {columns}")
-                for group in file.iter_batches(batch_size=256, columns=["text"]):
-                    yield from (text for text in group["text"].to_pylist() if text)
+                n = 0
+                for group in range(file.num_row_groups):          # a group that is skipped is not read
+                    rows = file.metadata.row_group(group).num_rows
+                    texts = file.read_row_group(group, columns=["text"])["text"] if n + rows > skip else ()
+                    yield from ((i, text.as_py()) for i, text in enumerate(texts, n) if i >= skip and text.as_py())
+                    n += rows
         else:
             raise InputError(f"{path}: expected a .txt, .jsonl, .jsonl.gz, .jsonl.xz or .parquet file")
     except InputError:
@@ -50,32 +73,40 @@ def text_of(line, where):
     require(isinstance(text, str), f'{where}: field "text" is {type(text).__name__}, expected a string')
     return text
 
-def sequences(texts, tokenizer, seq_len):
-    """Texts -> full sequences of seq_len ids, packed."""
-    end, carry = [] if tokenizer.eos_id is None else [tokenizer.eos_id], []
-    for text in texts:
-        carry += tokenizer.encode(text, bos=tokenizer.add_bos) + end
-        cut = len(carry) - len(carry) % seq_len
-        yield from (carry[i:i + seq_len] for i in range(0, cut, seq_len))
-        carry = carry[cut:]
+def sequences(files, tokenizer, seq_len, place=None):
+    """Full sequences of seq_len ids, packed, from `files` (functions that give a path) in turn; each with the place behind it, from which the rest comes again."""
+    place = place or {"file": 0, "document": 0, "carry": [], "skip": 0}
+    end, carry, skip = [] if tokenizer.eos_id is None else [tokenizer.eos_id], place["carry"], place["skip"]
+    for f, file in enumerate(files[place["file"]:], place["file"]):
+        for n, text in documents(file(), place["document"] * (f == place["file"])):
+            ids = carry + tokenizer.encode(text, bos=tokenizer.add_bos) + end
+            for i in range(skip, len(ids) // seq_len):
+                yield ids[i * seq_len:(i + 1) * seq_len], {"file": f, "document": n, "carry": carry, "skip": i + 1}
+            carry, skip = ids[len(ids) - len(ids) % seq_len:], 0
 
 def held_out(path, tokenizer, seq_len, count):
     """The first `count` sequences of a file: (count, seq_len)."""
-    rows = list(itertools.islice(sequences(documents(path), tokenizer, seq_len), count))
+    rows = [row for row, _ in itertools.islice(sequences(shards(path), tokenizer, seq_len), count)]
     require(len(rows) == count, f"{path}: {len(rows)} sequences of {seq_len} tokens in it, {count} are held out for evaluation; "
             "give more text, or a smaller --seq-len or --eval-sequences")
     return torch.tensor(rows)
 
-def batches(path, tokenizer, batch_size, seq_len, seed, skip=0):
-    """Batches (batch_size, seq_len) without end, the first `skip` sequences left out; shuffled in parts, anew in each epoch."""
-    generator, left = torch.Generator().manual_seed(seed), []
+def batches(path, tokenizer, batch_size, seq_len, seed, skip=0, position=None):
+    """Batches (batch_size, seq_len) without end, the first `skip` sequences left out, shuffled in parts, anew in each epoch; each with the
+    position behind it (JSON), from which the rest comes again: where its part began, what was left over there, and the batches made since."""
+    start, files = position or {"place": None, "part": 0, "left": [], "made": 0}, shards(path)
     while True:
-        stream, seen = itertools.islice(sequences(documents(path), tokenizer, seq_len), skip, None), 0
+        seen, stream = bool(start["place"]), sequences(files, tokenizer, seq_len, start["place"])
+        if not start["place"]:
+            stream = itertools.islice(stream, skip, None)
         while part := list(itertools.islice(stream, SHUFFLE)):
-            seen += len(part)
-            left += [part[i] for i in torch.randperm(len(part), generator=generator).tolist()]
-            while len(left) >= batch_size:
-                yield torch.tensor(left[:batch_size])
-                del left[:batch_size]
+            seen = True
+            order = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed + start["part"])).tolist()
+            rows = start["left"] + [part[i][0] for i in order]
+            count = len(rows) // batch_size
+            for i in range(start["made"], count):
+                yield torch.tensor(rows[i * batch_size:(i + 1) * batch_size]), start | {"made": i + 1}
+            start = {"place": part[-1][1], "part": start["part"] + 1, "left": rows[count * batch_size:], "made": 0}
         require(seen, f"{path}: too little text for one training sequence of {seq_len} tokens" + f" beside the {skip} held out" * bool(skip)
                 + "; give more text or a smaller --seq-len")
+        start = start | {"place": None}

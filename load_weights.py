@@ -1,11 +1,14 @@
-"""Everything that crosses the disk: presets, config.json, safetensors, tokenizers, checkpoints.
+"""Everything that crosses the disk or the hub: presets, downloads, config.json, safetensors, tokenizers, checkpoints.
 
+    python load_weights.py --list   the presets
     python load_weights.py DIR      print what is there, and continue one prompt
 
 A Hugging Face backbone loads by a change of prefix (`layout`), a LoopUS checkpoint as it is. Loading is strict: every tensor
 must be there in the shape the config gives, and nothing else may be.
 """
 import argparse
+import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -18,21 +21,29 @@ from pathlib import Path
 import regex                                  # comes with tiktoken
 import tiktoken
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from loopus import InputError, LoopUS, LoopUSConfig, require
+from loopus import InputError, LoopUS, LoopUSConfig, free_memory, require
 
-# name: (hub id or directory, (encoder layers, decoder layers)); the splits are the paper's (App. A.1)
 EMBEDDED = Path(__file__).resolve().parent / "assets"    # what comes with this repository
+# name: (hub id or directory, revision, (encoder layers, decoder layers), billions of parameters, licence). The splits are the paper's (App. A.1); a
+# LoopUS checkpoint knows its own. Parameters as loaded: with an output head of its own.
 PRESETS = {
-    "tiny": (EMBEDDED / "tiny" / "base", (1, 1)),
-    "tiny-loopus": (EMBEDDED / "tiny" / "loopus", None),
-    "tinyllama": ("TinyLlama/TinyLlama_v1.1", (1, 1)),
-    "qwen3-1.7b": ("Qwen/Qwen3-1.7B", (2, 1)),
-    "qwen3-4b": ("Qwen/Qwen3-4B", (2, 1)),
-    "qwen3-8b": ("Qwen/Qwen3-8B", (6, 1)),
-    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M", (2, 1)),
+    "tiny": (EMBEDDED / "tiny" / "base", None, (1, 1), 0.0002, "MIT"),
+    "tiny-loopus": (EMBEDDED / "tiny" / "loopus", None, None, 0.0002, "MIT"),
+    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M", "main", (2, 1), 0.16, "Apache-2.0"),
+    "tinyllama": ("TinyLlama/TinyLlama_v1.1", "main", (1, 1), 1.10, "Apache-2.0"),
+    "qwen3-1.7b": ("Qwen/Qwen3-1.7B", "main", (2, 1), 2.03, "Apache-2.0"),
+    "qwen3-4b": ("Qwen/Qwen3-4B", "main", (2, 1), 4.41, "Apache-2.0"),
+    "qwen3-8b": ("Qwen/Qwen3-8B", "main", (6, 1), 8.19, "Apache-2.0"),
+    "tinyllama-loopus": ("Thrillcrazyer/TinyLlama_v1.1_LoopUS", "main", None, 1.10, "see its page"),
+    "qwen3-1.7b-loopus": ("Thrillcrazyer/Qwen3_1.7B_LoopUS", "main", None, 2.03, "see its page"),
+    "qwen3-1.7b-loopus-sft": ("Thrillcrazyer/Qwen3_1.7B_LoopUS_SFT", "main", None, 2.03, "see its page"),
+    "qwen3-4b-loopus": ("Thrillcrazyer/Qwen3-4B_LoopUS", "main", None, 4.41, "see its page"),
+    "qwen3-8b-loopus": ("Thrillcrazyer/Qwen3-8B_LoopUS", "main", None, 8.19, "see its page"),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
@@ -168,6 +179,89 @@ def published_config(model):
             "decoder_layer_indices": [*range(last, c.num_hidden_layers)], "N": c.loops, "q_threshold": c.exit_threshold,
             "q_eval_interval": 1, "halting_strategy": "threshold", "convergence_epsilon": 0.01, "torch_dtype": dtype}
 
+# ---- the hub: its client downloads, resumes and keeps; here is what it is asked for, and its errors as lines for people ----
+
+@contextlib.contextmanager
+def hub_errors(name):
+    """What goes wrong with the hub, as a line that says what to do."""
+    from huggingface_hub import constants, errors
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        chain, status = [error], getattr(getattr(error, "response", None), "status_code", None)
+        while chain[-1].__cause__:
+            chain.append(chain[-1].__cause__)
+        is_a = lambda *kinds: any(isinstance(e, kinds) for e in chain)
+        words = (str(chain[-1]) or type(chain[-1]).__name__).splitlines()[0]
+        if is_a(errors.GatedRepoError):
+            words = "gated: accept its terms on its page, then set HF_TOKEN to a token of your account"
+        elif is_a(errors.OfflineModeIsEnabled):
+            words = f"HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} does not hold all of it; unset it, or fetch it once where there is a network"
+        elif status == 401 or is_a(errors.RepositoryNotFoundError):
+            words = f"not found on {constants.ENDPOINT}, or private (HTTP {status}); check the id, and HF_TOKEN if it is private"
+        elif is_a(errors.RevisionNotFoundError, errors.EntryNotFoundError) and status == 404:
+            words = f"no such revision or file (HTTP 404: {words})"
+        elif is_a(errors.HFValidationError):
+            words = f"not a hub id ({words})"
+        else:
+            words = f"{constants.ENDPOINT} could not be used ({words}); check the network, HF_ENDPOINT and free space; whole files are kept, and the same command goes on"
+        raise InputError(f"{name}: {words}") from None
+
+def hub_files(repo, revision, patterns, kind="model"):
+    """{file name: (bytes, must it be fetched?)} of a hub repository; without a network, of what the cache holds of it."""
+    from huggingface_hub import errors, snapshot_download
+    with hub_errors(repo):
+        try:
+            return {f.filename: (f.file_size, f.will_download) for f in snapshot_download(repo, repo_type=kind, revision=revision, allow_patterns=patterns, dry_run=True)}
+        except errors.DryRunError as error:
+            try:
+                folder = snapshot_download(repo, repo_type=kind, revision=revision, allow_patterns=patterns, local_files_only=True)
+            except errors.IncompleteSnapshotError as incomplete:
+                folder = incomplete.snapshot_path
+            except errors.LocalEntryNotFoundError:
+                raise (error.__cause__ or error) from None
+            found = {path.relative_to(folder).as_posix(): (path.stat().st_size, False) for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+            if not any(name.endswith((".safetensors", ".bin", ".parquet", ".jsonl", ".gz", ".xz", ".txt")) for name in found):
+                raise (error.__cause__ or error) from None
+            return found
+
+def fetch(repo, revision, files, kind="model"):
+    """Some {file name: (bytes, must it be fetched?)} of a hub repository -> the local directory they lie in. What arrives is held against its SHA-256."""
+    from huggingface_hub import constants, snapshot_download
+    new, cache = {name: size for name, (size, missing) in files.items() if missing}, Path(constants.HF_HUB_CACHE)
+    free, size = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free, sum(new.values())
+    if size > 1e5:
+        print(f"{repo}: fetching {size / 1e6:.1f} MB in {len(new)} files from {constants.ENDPOINT} into {cache} ({free / 1e9:.0f} GB free)", file=sys.stderr, flush=True)
+    require(size < free, f"{cache}: {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB needed for {repo}; free space, or set HF_HOME to another disk")
+    with hub_errors(repo):
+        directory = Path(snapshot_download(repo, repo_type=kind, revision=revision, allow_patterns=[*files]))
+    for path in (directory / name for name in new):
+        blob = path.readlink() if path.is_symlink() else path      # the cache names the content of a large file by its SHA-256
+        if re.fullmatch("[0-9a-f]{64}", blob.name):
+            with open(path, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != blob.name:
+                    path.resolve().unlink(), path.unlink()
+                    raise InputError(f"{repo}: {path.name} arrived damaged (its SHA-256 is not {blob.name[:12]}…) and was removed; run the same command again")
+    return directory
+
+def find(name, plan=lambda directory, split: None):
+    """A preset, directory or hub id -> (local directory, the preset's split or None). plan(directory, split) is called once config.json is there."""
+    source, revision, split, *_ = PRESETS.get(str(name), (name, None, None))
+    if Path(source).is_dir():
+        plan(Path(source), split)
+        return Path(source), split
+    source, _, pinned = str(source).partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise InputError(f"--model {name}: neither a directory nor one of {', '.join(PRESETS)} nor a hub id like org/name")
+    revision = revision or pinned or "main"
+    files = hub_files(source, revision, ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "*.safetensors", "*.bin", "*.pt"])
+    require("config.json" in files, f"--model {name}: {source} has no config.json, so it is no model in Hugging Face's layout")
+    wanted = [*weight_files(files, f"--model {name}: {source}"), "config.json", *(file for file in TOKENIZER_FILES if file in files)]
+    plan(fetch(source, revision, {"config.json": files["config.json"]}), split)
+    return fetch(source, revision, {file: files[file] for file in wanted if file != "config.json"}), split
+
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
 ADDED = ("reasoning.gate.", "q_head.")                   # what LoopUS adds to a backbone; fp32 always
@@ -195,37 +289,68 @@ def opened(path):
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
 
+@functools.lru_cache(1)
+def unpickled(path):
+    """The tensors of a foreign PyTorch file, mapped, by name; nothing but tensors may be in it."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:               # zip, pickle and OS errors, each with words of its own
+        raise InputError(f"{path}: not a readable PyTorch file of tensors ({str(error).splitlines()[0]}); fetch it again") from None
+
+def weight_files(names, where):
+    """Which of these file names hold a model's weights: safetensors, else PyTorch's .bin. InputError where there are none."""
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        stem, kind = whole.split(".")
+        if found := [name for name in names if re.fullmatch(rf"{stem}(-\d+-of-\d+)?\.{kind}(\.index\.json)?", name)]:
+            return found
+    require("combined_model.pt" not in names, f"{where}: holds only combined_model.pt, a pickle that can run code as it is opened; "
+            "load it in the program that wrote it, and save it there as safetensors")
+    raise InputError(f"{where}: no model.safetensors (or model.safetensors.index.json with its shards) in it, and no pytorch_model.bin")
+
 def tensor_files(directory):
     """name of each stored tensor -> the file that holds it, from one file or from an index and its shards."""
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        where = read_json(index).get("weight_map")
-        if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
-            raise InputError(f"{index}: no weight_map from tensor names to files")
-        for file in sorted(set(where.values())):
-            if not (directory / file).exists():
-                raise InputError(f"{directory / file}: this shard is named in {index.name} but missing; fetch it again")
-            if missing := {name for name, f in where.items() if f == file} - set(opened(directory / file).keys()):
-                raise InputError(f"{directory / file}: tensor {min(missing)} is not in it, though {index.name} says so")
-        return {name: directory / file for name, file in where.items()}
-    file = directory / "model.safetensors"
-    if not file.exists():
-        raise InputError(f"{directory}: no model.safetensors (or model.safetensors.index.json with its shards) in it")
-    return dict.fromkeys(opened(file).keys(), file)
+    files = weight_files([path.name for path in directory.iterdir()] if directory.is_dir() else [], directory)
+    names_in = lambda path: set((opened if path.suffix == ".safetensors" else unpickled)(path).keys())
+    index = next((directory / file for file in files if file.endswith(".json")), None)
+    if index is None:
+        require(len(files) == 1, f"{directory}: shards {files[:2]} … without their index; fetch it again")
+        return dict.fromkeys(names_in(directory / files[0]), directory / files[0])
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
+        raise InputError(f"{index}: no weight_map from tensor names to files")
+    for file in sorted(set(where.values())):
+        if not (directory / file).exists():
+            raise InputError(f"{directory / file}: this shard is named in {index.name} but missing; fetch it again")
+        if missing := {name for name, f in where.items() if f == file} - names_in(directory / file):
+            raise InputError(f"{directory / file}: tensor {min(missing)} is not in it, though {index.name} says so")
+    return {name: directory / file for name, file in where.items()}
+
+STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+def stored(path, name):
+    """Shape and dtype of a tensor in a file."""
+    if path.suffix == ".safetensors":
+        with opened(path) as f:
+            found = f.get_slice(name)
+            return found.get_shape(), STORED.get(found.get_dtype(), found.get_dtype())
+    found = unpickled(path)[name]
+    return (list(found.shape), found.dtype) if isinstance(found, torch.Tensor) else ("none", type(found).__name__)
 
 def read_tensor(path, name, shape, device, dtype):
     """One tensor, checked. In parts, the file opened anew for each, so that at no time much of it is mapped beside the copy."""
-    with opened(path) as f:
-        found = f.get_slice(name)
-        if found.get_shape() != list(shape):
-            raise InputError(f"{path}: tensor {name} has shape {found.get_shape()}, the config asks for {list(shape)}")
-        if found.get_dtype() not in ("F32", "F16", "BF16"):
-            raise InputError(f"{path}: tensor {name} is {found.get_dtype()}; expected F32, F16 or BF16")
+    found, kind = stored(path, name)
+    if found != list(shape):
+        raise InputError(f"{path}: tensor {name} has shape {found}, the config asks for {list(shape)}")
+    if kind not in STORED.values():
+        raise InputError(f"{path}: tensor {name} is {kind}; expected F32, F16 or BF16")
     tensor = torch.empty(shape, device=device, dtype=dtype)
     rows = max(1, 2**22 // tensor[0].numel())
     for i in range(0, len(tensor), rows):
-        with opened(path) as f:
-            tensor[i:i + rows] = f.get_slice(name)[i:i + rows]
+        if path.suffix == ".safetensors":
+            with opened(path) as f:
+                tensor[i:i + rows] = f.get_slice(name)[i:i + rows]
+        else:
+            tensor[i:i + rows] = unpickled(path)[name][i:i + rows]
     return tensor
 
 def load_model(directory, split=None, device=None, dtype=None):
@@ -245,9 +370,7 @@ def load_model(directory, split=None, device=None, dtype=None):
     require(not missing, f"{directory}: {len(missing)} tensors of this architecture are not in its files, {missing[:1]} first")
     require(not extra, f"{directory}: {len(extra)} tensors are not of this architecture ({config.model_type}, {config.num_hidden_layers} layers), {extra[:1]} first")
     if dtype is None:                                    # as stored, one dtype for the whole backbone
-        path, key = files[wanted["encoder.embed_tokens.weight"]]
-        with opened(path) as f:
-            dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(f.get_slice(key).get_dtype(), torch.float32)
+        dtype = stored(*files[wanted["encoder.embed_tokens.weight"]])[1]
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for name, source in wanted.items():
         path, key = files[source]
@@ -261,13 +384,14 @@ def load_model(directory, split=None, device=None, dtype=None):
         config.base_model = str(directory)
     return model.eval()
 
-def load(name, *, split=None, device=None, dtype=None):
-    """(LoopUS, Tokenizer or None) from a preset's name, a local directory or a hub id.
+def load(name, *, split=None, device=None, dtype=None, plan=None):
+    """(LoopUS, Tokenizer or None) from a preset's name, a local directory or a hub id (org/name, or org/name@revision).
 
     split: (encoder_layers, decoder_layers). device and dtype: where and as what the backbone's tensors are kept (None: the CPU, as
-    stored); gate and head stay fp32. A directory without tokenizer files gives None. Raises InputError.
+    stored); gate and head stay fp32. A directory without tokenizer files gives None. plan: called with the config before any weights
+    are fetched or read. Raises InputError.
     """
-    directory, known = find(name)
+    directory, known = find(name, lambda directory, known: plan and plan(read_config(directory / "config.json", split or known)))
     if split is None and known is None and not is_recast(directory):
         print(f"{name}: no split is known for this model; 1 encoder and 1 decoder layer (--split E,D sets it)", file=sys.stderr)
     model = load_model(directory, split or known, device, dtype)
@@ -299,28 +423,28 @@ def compile_decoding(model):
         return call
     model.compiled = compiled(model.encoder, first=True), compiled(model._loop), compiled(model.decoder.last)
 
-def find(name):
-    """A preset, directory or hub id -> (local directory, the preset's split or None)."""
-    source, split = PRESETS.get(str(name), (name, None))
-    if Path(source).is_dir():
-        return Path(source), split
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise InputError(f"--model {name}: neither a directory nor one of {', '.join(PRESETS)} nor a hub id like org/name")
-    from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"])), split
-    except Exception as error:                           # the client's own words: offline, gated, not found
-        raise InputError(f"--model {name}: {source} could not be fetched ({(str(error) or type(error).__name__).splitlines()[0]}); give a local directory") from None
+def count(config):
+    """Parameters of a model of this shape: all, and those that training leaves alone (embedding and encoder)."""
+    with torch.device("meta"), NoInit():
+        model = LoopUS(config)
+    return tuple(sum(p.numel() for p in part.parameters()) for part in (model, model.encoder))
+
+def announce(what, needs, device, advice):
+    """Say what memory something needs, {part: bytes}, beside what there is, and what helps where that is too little."""
+    total, free = sum(needs.values()), free_memory(device)
+    if total > 1e8:                           # what is small goes without saying
+        print(f"{what} needs about {total / 1e9:.1f} GB ({', '.join(f'{part} {size / 1e9:.1f}' for part, size in needs.items())}); on {device} "
+              f"{'an unknown amount is' if free == float('inf') else f'{free / 1e9:.1f} GB are'} free" + f". That will not fit: {advice}" * (total > free), file=sys.stderr, flush=True)
 
 def is_recast(directory):
     """Does the directory hold a LoopUS checkpoint (rather than a plain backbone)?"""
     return read_json(Path(directory) / "config.json").get("model_type") == "lds"
 
-def save(model, tokenizer, directory):
+def save(model, tokenizer, directory, tensors=None):
     """Write the published layout: model.safetensors (tensors in the dtype they have), config.json, the tokenizer's files.
 
     Each file is written beside and renamed, so that none is ever half written; to replace a whole checkpoint at once, save into a
-    new directory and rename that, as train.py does. Raises InputError.
+    new directory and rename that, as train.py does. tensors: instead of the model's own. Raises InputError.
     """
     directory = Path(directory)
     written = []
@@ -336,7 +460,7 @@ def save(model, tokenizer, directory):
         place("config.json", lambda path: path.write_text(json.dumps(published_config(model), indent=2) + "\n"))
         for name, content in (tokenizer.files if tokenizer else {}).items():
             place(name, lambda path: path.write_bytes(content))
-        state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        state = {name: tensor.contiguous() for name, tensor in (tensors or model.state_dict()).items()}
         place("model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
     except (OSError, SafetensorError) as error:
         raise InputError(f"{directory}: could not be written ({error}); free space or choose another directory") from None
@@ -354,16 +478,27 @@ def digests(directory):
             found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
 
-def save_checkpoint(model, tokenizer, target, keep, pairs, optimizer, facts):
+def whole(p, x):
+    """Of a tensor that is sharded as parameter p is, all of it, on the CPU (every process has to ask); else x itself."""
+    if not isinstance(p, DTensor) or x.dim() == 0:
+        return x
+    return DTensor.from_local(x, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor().cpu()
+
+def save_checkpoint(model, tokenizer, target, keep, pairs, optimizer, facts, dtype):
     """Save as `target`, kind-000123, written beside and renamed; of the folder's older ones of the kind, the newest `keep` stay.
     Beside the published layout: trainer.safetensors (masters, moments, random state) and trainer.json (`facts`)."""
+    if target.exists():
+        return
+    tensors = {name: whole(p, p.to_local().to(dtype)) if isinstance(p, DTensor) else p for name, p in model.state_dict().items()}
+    state = {"random": torch.get_rng_state()} | {f"{name}.master": whole(p, master.detach()) for name, (p, master) in pairs.items() if master is not p}
+    state |= {f"{name}.{moment}": whole(p, x) for name, (p, master) in pairs.items() for moment, x in optimizer.state[master].items()}
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
     out, partial, kind = target.parent, target.with_name(f".{target.name}.partial"), target.name.split("-")[0]
     try:
         for stale in out.glob(f".{kind}-*.partial"):              # of a run that was killed in a save
             shutil.rmtree(stale)
-        save(model, tokenizer, partial)
-        state = {"random": torch.get_rng_state()} | {f"{name}.master": master for name, (p, master) in pairs.items() if master is not p}
-        state |= {f"{name}.{moment}": optimizer.state[master][moment] for name, (_, master) in pairs.items() for moment in optimizer.state[master]}
+        save(model, tokenizer, partial, tensors)
         save_file(state, partial / "trainer.safetensors")
         (partial / "trainer.json").write_text(json.dumps(facts | {"digests": digests(partial)}) + "\n")
         os.replace(partial, target)
@@ -375,28 +510,42 @@ def save_checkpoint(model, tokenizer, target, keep, pairs, optimizer, facts):
         shutil.rmtree(partial, ignore_errors=True)
 
 def resumable(out, kind, flags):
-    """The newest whole checkpoint of a run in `out` -> (directory, its facts), or (None, None). A broken one is set aside, with a word."""
+    """The newest whole checkpoint of a run in `out` -> (directory, its facts), or None. A broken one is set aside, with a word."""
     for path in sorted(out.glob(f"{kind}-*"), reverse=True):
         try:
             facts = read_json(path / "trainer.json")
-            require(facts.get("digests") == digests(path), "its tensors are not what was saved")
+            require("data" in facts and facts.get("digests") == digests(path), "its tensors are not what was saved")
         except InputError as error:
             print(f"{path}: broken ({error}); it is set aside, the one before it is taken")
             os.replace(path, path.with_name(f"broken-{path.name}"))
             continue
         for name, value in flags.items():
-            require(facts["flags"][name] == value, f"--resume: {path} was trained with --{name.replace('_', '-')} {facts['flags'][name]}, now it is {value}; give the same, or another --out")
+            require(facts["flags"].get(name) == value, f"--out {out}: holds a run already; {path.name} was trained with --{name.replace('_', '-')} {facts['flags'].get(name)}, now it is {value}; give the same, or another --out")
         return path, facts
-    return None, None
 
 def restore(path, pairs, optimizer):
     """Put a checkpoint's masters, moments and random state back."""
     state = load_file(path / "trainer.safetensors")
     torch.set_rng_state(state.pop("random"))
     for name, (p, master) in pairs.items():
-        if master is not p:
-            master.data.copy_(state[f"{name}.master"])
-        optimizer.state[master] = {moment: state[f"{name}.{moment}"].to(master.device if moment != "step" else "cpu") for moment in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{moment}" in state}
+        found = {moment: state[f"{name}.{moment}"] for moment in ("master", "step", "exp_avg", "exp_avg_sq") if f"{name}.{moment}" in state}
+        if isinstance(p, DTensor):
+            found = {key: distribute_tensor(x.to(master.device), p.device_mesh, p.placements).to_local() if x.dim() else x for key, x in found.items()}
+        if master is not p and "master" in found:
+            master.data.copy_(found["master"])
+        optimizer.state[master] = {key: x.to(master.device) if x.dim() else x for key, x in found.items() if key != "master"}
+
+def open_log(path, step):
+    """A run's log.jsonl, what was logged after `step` cut off, opened to go on."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step), encoding="utf-8")
+        os.replace(partial, path)
+        return open(path, "a", encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"--out {path.parent}: not usable ({error})") from None
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------
 
@@ -567,10 +716,19 @@ def newest_checkpoint(root="out"):
 
 def main():
     parser = argparse.ArgumentParser(description="Load a model, print what was found, continue one prompt.")
-    parser.add_argument("directory", help="a Hugging Face backbone or LoopUS checkpoint: preset, directory or hub id")
+    parser.add_argument("directory", nargs="?", help="a Hugging Face backbone or LoopUS checkpoint: preset, directory or hub id")
+    parser.add_argument("--list", action="store_true", help="list the presets instead")
     parser.add_argument("--split", metavar="E,D", type=parse_split)
     parser.add_argument("--prompt", default="The capital of France is")
     args = parser.parse_args()
+    if args.list:
+        print(f"{'preset':22} {'hub id':36} revision  split  parameters  bfloat16  licence")
+        for name, (source, revision, split, billions, licence) in PRESETS.items():
+            print(f"{name:22} {'comes with the code' if EMBEDDED in Path(source).parents else source:36} {revision or '-':8}  {'{},{}'.format(*split) if split else 'own':5} "
+                  f"{billions:9.4g} B {billions * 2:6.4g} GB  {licence}")
+        return
+    if not args.directory:
+        parser.error("name a preset, a directory or a hub id, or give --list")
     directory, _ = find(args.directory)
     model, tokenizer = load(args.directory, split=args.split)
     c, count = model.config, lambda module: sum(p.numel() for p in module.parameters()) / 1e6

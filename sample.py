@@ -11,8 +11,8 @@ from collections import Counter
 import torch
 
 import tiny
-from load_weights import add_model_flags, compile_decoding, find, load, newest_checkpoint, number, pick_device, pick_dtype, run
-from loopus import HALTS, InputError, require
+from load_weights import add_model_flags, announce, compile_decoding, count, find, load, newest_checkpoint, number, pick_device, pick_dtype, run
+from loopus import HALTS, Cache, InputError, require
 
 SHADES = ((231, 16), (195, 16), (153, 16), (111, 16), (69, 231), (27, 231), (20, 231), (17, 231))   # background, text: light is few loops
 
@@ -85,7 +85,11 @@ def main():
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
-    model, tokenizer = load(str(args.model), split=args.split, device=device, dtype=dtype)
+    def plan(config):
+        slots, depths = min(args.window or config.max_position_embeddings, len(args.prompt or "") + args.max_new_tokens), args.budget if args.kv == "latest" else 1
+        announce("sampling", {"weights": count(config)[0] * dtype.itemsize, "cache": slots * Cache.bytes_per_token(config, depths, dtype)}, device,
+                 "try --dtype bfloat16, --kv shared, a smaller --budget, --max-new-tokens or --window, or another --device")
+    model, tokenizer = load(str(args.model), split=args.split, device=device, dtype=dtype, plan=plan)
     if tokenizer is None:
         raise InputError(f"--model {args.model}: no tokenizer.json in it, which text needs")
     if not model.config.from_checkpoint:

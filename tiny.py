@@ -188,8 +188,9 @@ def report(looped, control, directory):
         print("  its loops    " + " ".join(f"{n:4.1f}" for n in loops) + f"  {loops.mean():5.2f}        rank correlation with the steps needed {correlation:.2f}")
     found = {name: [round(x, 4) for x in share.tolist()] for name, share in shares.items()}
     found |= {"loops": [round(x, 2) for x in loops.tolist()], "rank_correlation": round(correlation, 3)} if looped else {}
-    (directory / ".accuracy.json").write_text(json.dumps(found) + "\n")
-    os.replace(directory / ".accuracy.json", directory / "accuracy.json")
+    partial = directory / f".accuracy-{os.getpid()}.json"     # every process of torchrun writes the same
+    partial.write_text(json.dumps(found) + "\n")
+    os.replace(partial, directory / "accuracy.json")
 
 def answers(model, strip, budget, **options):
     """Greedy answers to the four questions after a strip (T,), one `generate` each: -> text, loops of each"""

@@ -10,14 +10,11 @@ and checkpoints from which --resume goes on as if nothing had happened.
 """
 import argparse
 import concurrent.futures
-import ctypes
-import functools
 import itertools
 import json
 import math
 import os
 import random
-import signal
 import sys
 import time
 from pathlib import Path
@@ -25,16 +22,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import data
 import tiny
-from load_weights import ADDED, add_model_flags, load, number, pick_device, pick_dtype, restore, resumable, run, save_checkpoint
+from load_weights import PRESETS, add_model_flags, announce, load, number, open_log, pick_device, pick_dtype, restore, resumable, run, save_checkpoint
 from loopus import InputError, require
+from optim import average, checkpoint_activations, fp32_masters, keep_freed_memory, learning_rate, shard, signals, training_needs, update
 
 BUDGETS = (1, 2, 4, 8)                        # loops at which the held-out loss is taken
-CHUNK = 3 * 2**24                             # logits that are in memory together: 1024 tokens of SmolLM2's vocabulary, 200 MB in fp32
+FINEWEB = "HuggingFaceFW/fineweb-edu/data/CC-MAIN-2025-26"     # the paper's text, shard by shard
+CHUNK = 3 * 2**24                             # logits in memory together, 200 MB in fp32; a quarter of it on a CPU, where smaller products are no slower
+START = {"step": 0, "tokens": 0, "spent": 0.0, "skipped": 0, "data": None}    # facts of a run without a checkpoint
 PATIENCE = 5                                  # steps in a row without a finite gradient before a run stops
 
 # ---- the method ------------------------------------------------------------------------------------------------------
@@ -51,7 +50,7 @@ def next_token_loss(model, h, targets):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))         # (C, V)
         return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
     x = model.decoder.layers(h, model._span(h.shape[1]))
-    size = max(1, CHUNK // model.config.vocab_size)                                  # C
+    size = max(1, CHUNK // (1 if h.is_cuda else 4) // model.config.vocab_size)                                  # C
     chunks = list(zip(x.flatten(0, 1).split(size), targets.flatten().split(size)))
     parts = [head(*chunk) if len(chunks) == 1 else checkpoint(head, *chunk, use_reentrant=False) for chunk in chunks]
     loss, right = (torch.cat(part).view_as(targets).sum(1) / (targets >= 0).sum(1) for part in zip(*parts))
@@ -116,55 +115,11 @@ def evaluate(model, held_out, batch_size, plain):
 
 # ---- the training loop -----------------------------------------------------------------------------------------------
 
-def fp32_masters(model, dtype):
-    """Freeze E, put the backbone into `dtype`, and return {name: (parameter, fp32 master)} of all that is trained.
-
-    The optimizer sees masters only: a step of 5e-5 would be rounded away on about 43 % of typical bf16 weights. Where a parameter is
-    fp32 it is its own master; else its gradient moves to the master as soon as a backward pass has made it: K losses add up in fp32.
-    """
-    pairs = {}
-    for name, p in model.named_parameters():
-        if name.startswith("encoder."):
-            p.requires_grad_(False)
-            p.data = p.data.to(dtype)
-        elif dtype == torch.float32 or name.startswith(ADDED):
-            p.data = p.data.float()
-            pairs[name] = p, p
-        else:
-            master = nn.Parameter(p.detach().float())
-            p.data = p.data.to(dtype)
-
-            def move_gradient(p, master=master):
-                master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
-                p.grad = None
-            p.register_post_accumulate_grad_hook(move_gradient)
-            pairs[name] = p, master
-    return pairs
-
-def checkpoint_activations(model):
-    """Keep only each layer's input for the gradient, and make the rest again when it is needed."""
-    for layer in (*model.reasoning.layers, *model.decoder.layers):
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-
-def keep_freed_memory():
-    """Have glibc keep freed buffers (M_MMAP_MAX 0, a large M_TRIM_THRESHOLD): else every buffer of logits comes from the kernel page
-    by page and goes back at once, which is a third of a step on a CPU."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0)
-        libc.mallopt(-1, 2**31 - 1)
-
-def learning_rate(step, steps, peak, warmup):
-    """Linear warm-up (at most a tenth of the steps), then one cosine to zero; step from 0."""
-    warmup = min(warmup, steps // 10)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-
 def parse_args():
     parser = argparse.ArgumentParser(description="Recast a pretrained model and train it with random deep supervision.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_model_flags(parser, "preset, directory or hub id of a backbone, or a LoopUS checkpoint to go on from; tiny brings its own data and defaults", "tiny")
-    parser.add_argument("--data", help="training text: .txt, .jsonl, .jsonl.gz, .jsonl.xz or .parquet")
+    parser.add_argument("--data", help=f"training text: .txt, .jsonl, .jsonl.gz, .jsonl.xz, .parquet, a folder of such, or a hub data set: org/name or org/name/folder (default for a preset: {FINEWEB})")
     parser.add_argument("--eval-data", help="held-out text (default: the first sequences of --data, which are then not trained on)")
     parser.add_argument("--eval-sequences", type=number(int, 1), default=16, help="held-out sequences")
     parser.add_argument("--out", type=Path, help="folder of log and checkpoints (default: out/<model>)")
@@ -182,8 +137,9 @@ def parse_args():
     parser.add_argument("--gate-init", choices=["paper", "open"], default="paper", help="of a fresh recast's gate")
     parser.add_argument("--control", action="store_true", help="train the backbone plainly instead, on the same tokens")
     parser.add_argument("--eval-every", type=number(int, 1), default=100, help="steps between evaluations, each with a checkpoint")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out, if there is one")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out, or start afresh if there is none (the same command alone goes on with a run that was stopped)")
     parser.add_argument("--checkpoint-activations", action="store_true", help="keep only each layer's input for the gradient and make the rest again: less memory, a third more work in supervised loops")
+    parser.add_argument("--shard", action="store_true", help="with torchrun: spread the model over the GPUs, where one is too small for it")
     parser.add_argument("--compile", action="store_true", help="compile the layers: faster after a minute or more")
     parser.add_argument("--keep", type=number(int, 1), default=2, help="newest checkpoints kept")
     if parser.parse_known_args()[0].model == "tiny":
@@ -194,44 +150,44 @@ def parse_args():
     if args.model == "tiny" and (args.data or args.eval_data):
         parser.error("--data and --eval-data: the tiny world makes its own problems; leave them out, or name another --model")
     if args.model != "tiny" and not args.data:
-        parser.error("--data is needed: a text file")
+        if args.model not in PRESETS:
+            parser.error(f"--data is needed: a text file or a hub data set, for example {FINEWEB}")
+        args.data = FINEWEB
     if args.dtype == "float16":
         parser.error("--dtype float16: its gradients need scaling, which is not built; take bfloat16 or float32")
+    if args.shard and "WORLD_SIZE" not in os.environ:
+        parser.error("--shard spreads a model over several processes: torchrun --nproc_per_node N train.py …")
     args.out = args.out or Path("out") / Path(args.model).resolve().name
     return args
 
-def material(args, tokenizer, device):
-    """Held-out (ids, targets), both (N, T), and batches of such pairs without end."""
+def material(args, tokenizer, position):
+    """Held-out (ids, targets), both (N, T), and a stream without end of such batches, each with the position that follows it."""
     if args.model == "tiny":
-        return [x.to(device) for x in tiny.held_out(args.eval_sequences)], tiny.batches(args.batch_size, args.seed)
-    ids = data.held_out(args.eval_data or args.data, tokenizer, args.seq_len, args.eval_sequences).to(device)
-    stream = data.batches(args.data, tokenizer, args.batch_size, args.seq_len, args.seed, skip=0 if args.eval_data else args.eval_sequences)
-    return (ids, next_tokens(ids)), ((ids, next_tokens(ids)) for ids in stream)
-
-def average(tensors):
-    """Mean of each tensor over all processes, in place."""
-    for x in tensors if dist.is_initialized() else ():
-        dist.all_reduce(x)
-        x /= dist.get_world_size()
+        stream = itertools.islice(tiny.batches(args.batch_size, args.seed), position or 0, None)
+        return tiny.held_out(args.eval_sequences), zip(stream, itertools.count((position or 0) + 1))
+    ids = data.held_out(args.eval_data or args.data, tokenizer, args.seq_len, args.eval_sequences)
+    stream = data.batches(args.data, tokenizer, args.batch_size, args.seq_len, args.seed, 0 if args.eval_data else args.eval_sequences, position)
+    return (ids, next_tokens(ids)), (((ids, next_tokens(ids)), position) for ids, position in stream)
 
 def fit(args):
     """Train as the flags say, the backbone plainly if args.control; -> the trained model."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     kind = "control" if args.control else "step"      # a control's folder is not taken for a LoopUS model by sample.py
-    flags = {name: str(value) for name, value in vars(args).items() if name not in ("out", "resume", "device", "keep", "checkpoint_activations", "compile")}
+    flags = {name: str(value) for name, value in vars(args).items() if name not in ("out", "resume", "device", "keep", "checkpoint_activations", "compile", "shard")}
     log_path = args.out / "log.jsonl"
     if rank > 0:
         dist.barrier()                        # process 0 looks first: it may set a broken checkpoint aside
-    require(args.resume or not any(path == log_path or path.name.startswith(kind + "-") for path in args.out.glob("*")),
-            f"--out {args.out}: holds a run already; go on with --resume, choose another folder, or move it away")
-    resumed, facts = resumable(args.out, kind, flags) if args.resume else (None, None)
+    used = log_path.exists() or any(args.out.glob(f"{kind}-*"))
+    resumed, facts = (resumable(args.out, kind, flags) if args.resume or log_path.exists() else None) or (None, START)
+    require(args.resume or not used or resumed and facts["step"] < args.steps,
+            f"--out {args.out}: holds a run already, {'finished (--resume goes past it)' if resumed else 'without a checkpoint (--resume starts it afresh)'}; choose another folder, or move it away")
     for _ in range(0 if world == 1 else 1 if rank > 0 else 2):
         dist.barrier()                        # and nobody writes before all have looked
     device = pick_device(args.device if world == 1 or args.device != "auto" else f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu")
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
     choice = random.Random(args.seed)                 # the same supervised loops in every process
-    model, tokenizer = load(str(resumed or args.model), split=args.split, device=device)
+    model, tokenizer = load(str(resumed or args.model), split=args.split, device="cpu" if args.shard else device, plan=lambda config: plan(args, config, dtype, device, world))
     require(tokenizer, f"--model {args.model}: no tokenizer.json in it, which text needs")
     require(args.seq_len <= model.config.max_position_embeddings, f"--seq-len {args.seq_len}: the model's context is {model.config.max_position_embeddings}")
     if not model.config.from_checkpoint:
@@ -239,34 +195,31 @@ def fit(args):
     elif not resumed:
         print('going on from a LoopUS checkpoint: its gate is kept, and "pretrained" below is its own layers run once, ungated')
     model.config.loops, model.config.exit_threshold = args.loops, args.threshold
+    trained, frozen = (sum(p.numel() for p in ps) / 1e6 for ps in ([*model.reasoning.parameters(), *model.decoder.parameters(), *model.q_head.parameters()], model.encoder.parameters()))
+    if args.shard:
+        shard(model, dtype, device)
     pairs = fp32_masters(model, dtype)
-    masters = [master for _, master in pairs.values()]
-    optimizer = torch.optim.AdamW(masters, lr=args.lr, weight_decay=0.0, fused=device.type in ("cuda", "cpu"))
-    first, tokens, spent, batches_read, skipped = 0, 0, 0.0, 0, 0
+    optimizer = torch.optim.AdamW([master for _, master in pairs.values()], lr=args.lr, weight_decay=0.0, fused=device.type in ("cuda", "cpu"))
     if resumed:
         restore(resumed, pairs, optimizer)
-        first, tokens, spent, batches_read, skipped = (facts[name] for name in ("step", "tokens", "spent", "batches", "skipped"))
         choice.setstate((facts["choice"][0], tuple(facts["choice"][1]), facts["choice"][2]))
-        print(f"going on from {resumed}" + f"; reading past {batches_read} batches" * bool(batches_read))
+        print(f"going on from {resumed}")
+    first, tokens, spent, skipped, position = (facts[name] for name in ("step", "tokens", "spent", "skipped", "data"))
     for layer in (*model.reasoning.layers, *model.decoder.layers) if args.compile else ():
         layer.compile()
     if args.checkpoint_activations:
         checkpoint_activations(model)
 
-    held_out, stream = material(args, tokenizer, device)
-    stream = itertools.islice(stream, batches_read + rank, None, world)
+    held_out, stream = material(args, tokenizer, position)
+    held_out = [x.to(device) for x in held_out]
+
+    def next_batch():                         # of `world` batches in turn, this process's own, and the position behind all of them
+        batches = list(itertools.islice(stream, world))
+        return batches[rank][0], batches[-1][1]
     worker = concurrent.futures.ThreadPoolExecutor(1)                          # makes the next batch while this one is trained on
-    batch = next(stream)                      # data that cannot be read is found before anything is written
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in log_path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= first] if resumed and log_path.exists() else []
-        partial = log_path.with_name(".log.jsonl.partial")
-        if rank == 0:
-            partial.write_text("".join(line + "\n" for line in kept))
-            os.replace(partial, log_path)
-        log = open(log_path if rank == 0 else os.devnull, "a", encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise InputError(f"--out {args.out}: not usable ({error})") from None
+    coming = worker.submit(next_batch)
+    coming.result()                           # data that cannot be read is found before anything is written
+    log = open_log(log_path, first) if rank == 0 else open(os.devnull, "w")
 
     def write_log(record):
         log.write(json.dumps(record) + "\n")
@@ -281,81 +234,64 @@ def fit(args):
 
     def save_now(step):
         target = args.out / f"{kind}-{step:06d}"
-        facts = {"step": step, "tokens": tokens, "spent": spent, "batches": batches_read, "skipped": skipped, "choice": choice.getstate(), "flags": flags}
-        if rank == 0 and not target.exists():
-            save_checkpoint(model, tokenizer, target, args.keep, pairs, optimizer, facts)
+        facts = {"step": step, "tokens": tokens, "spent": spent, "skipped": skipped, "data": position, "choice": choice.getstate(), "pretrained": pretrained, "flags": flags}
+        save_checkpoint(model, tokenizer, target, args.keep, pairs, optimizer, facts, dtype)
         print(f"      saved {target}", flush=True)
 
-    trained, frozen = (sum(p.numel() for p in ps) / 1e6 for ps in (masters, model.encoder.parameters()))
     print(f"{args.model} on {device}: {trained:.1f} M parameters trained, {frozen:.1f} M frozen (embedding and encoder); {str(dtype).removeprefix('torch.')} "
           f"computation, fp32 masters; {args.steps} steps of {args.accumulate} x {args.batch_size}{f' x {world}' * (world > 1)} sequences")
-    if resumed and kept:
-        pretrained = json.loads(kept[0])["eval"]["pretrained"]
+    if resumed:
+        pretrained = facts["pretrained"]
     else:
         pretrained = evaluate(model, held_out, args.batch_size, plain=True)["plain"]
         report_held_out(0)
     print("  step    loss      lm    mono       q      norm        lr   tokens  tok/s      ETA")
     if device.type == "cpu":
         keep_freed_memory()
-    asked, bad, started = [], 0, time.perf_counter()
-
-    def ask(number, frame):                   # the first signal ends the run after this step, a second at once
-        asked.append(number)
-        signal.signal(number, signal.SIG_DFL)
-    for number_ in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number_, ask)
+    asked, bad, started = signals(), 0, time.perf_counter()
     for step in range(first, args.steps):
-        before = time.perf_counter()
-        lr = learning_rate(step, args.steps, args.lr, args.warmup)
-        optimizer.param_groups[0]["lr"] = lr
-        records = []
+        before, records = time.perf_counter(), []
+        optimizer.param_groups[0]["lr"] = lr = learning_rate(step, args.steps, args.lr, args.warmup)
         try:
             for _ in range(args.accumulate):
-                (ids, targets), coming = (x.to(device) for x in batch), worker.submit(next, stream)
+                batch, position = coming.result()
+                (ids, targets), coming = (x.to(device) for x in batch), worker.submit(next_batch)
                 if args.control:
                     records += control_step(model, ids, 1 / args.accumulate, targets)
                 else:
                     records += training_step(model, ids, args.loops, set(choice.sample(range(args.loops), args.supervised)), 1 / args.accumulate, targets)
-                tokens, batches_read, batch = tokens + world * ids.numel(), batches_read + world, coming.result()
+                tokens += world * ids.numel()
         except torch.OutOfMemoryError:
-            raise InputError(out_of_memory(args, model.config, dtype)) from None
+            raise InputError("out of memory: " + plan(args, model.config, dtype, device, world)) from None
         means = torch.tensor([sum(r[name] for r in records) / len(records) for name in ("lm", "mono", "q")] + [len(asked)], dtype=torch.float64, device=device)
-        average([master.grad for master in masters] + [means])
+        average([means])
         lm, mono, q, stop = means.tolist()
-        norm = nn.utils.clip_grad_norm_(masters, args.clip).item()
-        if math.isfinite(norm):
-            optimizer.step()
-            with torch.no_grad():
-                for p, master in pairs.values():
-                    if p is not master:
-                        p.copy_(master)
+        norm = update(pairs, optimizer, args.clip)
         bad, skipped = (0, skipped) if math.isfinite(norm) else (bad + 1, skipped + 1)
-        optimizer.zero_grad()
         spent += time.perf_counter() - before
-        loss, speed = lm + mono + q, tokens / spent
-        eta = (args.steps - step - 1) * spent / (step + 1)
+        loss, speed, eta = lm + mono + q, tokens / spent, int((args.steps - step - 1) * spent / (step + 1))
         write_log({"step": step + 1, "tokens": tokens, "lr": lr, "loss": loss, "lm": lm, "mono": mono, "q": q, "norm": norm, "tokens_per_s": speed, "skipped": skipped})
         print(f"{step + 1:6d} {loss:7.3f} {lm:7.3f} {mono:7.3f} {q:7.3f} {norm:9.2f} {lr:9.2e} {tokens:8d} {speed:6.0f} "
-              f"{int(eta) // 3600:2d}:{int(eta) // 60 % 60:02d}:{int(eta) % 60:02d}" + f"   not finite: step skipped, {skipped} so far" * (bad > 0), flush=True)
+              f"{eta // 3600:2d}:{eta // 60 % 60:02d}:{eta % 60:02d}" + f"   not finite: step skipped, {skipped} so far" * (bad > 0), flush=True)
         require(bad < PATIENCE, f"step {step + 1}: the gradient was not finite {PATIENCE} times in a row; the newest checkpoint in {args.out} is good; try a smaller --lr")
-        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
+        if last_or_due := (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
             report_held_out(step + 1)
+        if last_or_due or stop:
             save_now(step + 1)
         if stop and step + 1 < args.steps:
-            save_now(step + 1)
             print("stopped; the same command with --resume goes on from here")
             sys.exit(130)
     print(f"{tokens} tokens in {time.perf_counter() - started:.0f} s")
     return model
 
-def out_of_memory(args, config, dtype):
-    """What to change when a step does not fit, and about what each choice would need: a supervised loop keeps, per token and layer,
-    some ten states, three of the MLP's width and the heads; with --checkpoint-activations one state."""
-    states, layers = 10 * config.hidden_size + 3 * config.intermediate_size, config.reasoning_layers
-    need = lambda tokens, kept: f"about {tokens * kept * dtype.itemsize / 1e9:.1f} GB of activations"
-    tokens, kept, least = args.batch_size * args.seq_len, states * layers, config.hidden_size * layers + states
-    return (f"out of memory in a step of --batch-size {args.batch_size} x --seq-len {args.seq_len} ({need(tokens, kept)}): halve one of them, with twice "
-            f"--accumulate for the batch ({need(tokens // 2, kept)}), or add --checkpoint-activations ({need(tokens, least)})")
+def plan(args, config, dtype, device, world):
+    """Say what the run needs and what there is, and which flag would help -> the advice."""
+    def needs(share=1, checkpointing=args.checkpoint_activations, shards=world if args.shard else 1):
+        return training_needs(config, dtype, args.batch_size * args.seq_len // share, CHUNK // (1 if device.type == "cuda" else 4), checkpointing, shards)
+    size = lambda **changes: f"{sum(needs(**changes).values()) / 1e9:.1f} GB"
+    advice = f"half of --batch-size {args.batch_size} (with twice --accumulate) or --seq-len {args.seq_len} takes {size(share=2)}, --checkpoint-activations {size(checkpointing=True)}, --shard over 8 GPUs {size(shards=8)} each"
+    announce("training", needs(), device, advice)
+    return advice
 
 def main():
     args = parse_args()
@@ -368,6 +304,8 @@ def main():
         out, alone = args.out, args.control
         args.control, args.out = True, args.out / "control"
         tiny.report(None if alone else model, model if alone else fit(args), out)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 if __name__ == "__main__":
     run(main)

@@ -219,8 +219,9 @@ def test_training_goes_on_from_a_checkpoint_and_control_trains_plainly(trained, 
 def test_a_run_is_never_overwritten(trained, backbone, corpus):
     out, _ = trained
     before = (out / "a" / "log.jsonl").read_bytes()
-    again = script("train.py", "--model", backbone, "--data", corpus, "--out", out / "a", *RECIPE)
-    assert again.returncode == 2 and "holds a run already" in again.stderr and (out / "a" / "log.jsonl").read_bytes() == before
+    for dtype in ("auto", "float32"):         # other flags; the same command again, whose run is finished
+        again = script("train.py", "--model", backbone, "--data", corpus, "--out", out / "a", *RECIPE, "--dtype", dtype)
+        assert again.returncode == 2 and "holds a run already" in again.stderr and (out / "a" / "log.jsonl").read_bytes() == before
     (out / "mine" / "step-000001").mkdir(parents=True)          # a checkpoint whose log is gone is not rotated away either
     assert script("train.py", "--model", backbone, "--data", corpus, "--out", out / "mine", *RECIPE).returncode == 2
 
@@ -292,29 +293,91 @@ def test_a_signal_saves_and_says_how_to_go_on(trained, backbone, corpus, tmp_pat
         running.send_signal(number)
         rest, errors = running.communicate(timeout=100)
     assert running.returncode == 130 and "--resume" in rest and "saved" in rest and "Traceback" not in errors, errors
-    again = script("train.py", *command[3:], "--resume")
+    again = script("train.py", *command[3:], *["--resume"] * (number == signal.SIGINT))      # or the same command alone
     assert again.returncode == 0 and "going on from" in again.stdout, again.stderr
     assert equal(state_of(out / "a"), state_of(tmp_path / "run"))
 
 
-def test_two_processes_train_as_one_on_the_whole_batch(trained, backbone, corpus, tmp_path):
+@pytest.mark.parametrize("more, limit", [([], 1e-5), (["--shard"], 1e-5), (["--shard", "--checkpoint-activations"], 1e-5)], ids=["whole", "sharded", "sharded, checkpointed"])
+def test_two_processes_train_as_one_on_the_whole_batch(trained, backbone, corpus, tmp_path, more, limit):
     """torchrun with two processes of one sequence each and one process with two: the same batches of two, so the same weights but for rounding;
-    and each opens the other's checkpoint."""
+    and each opens the other's checkpoint and ends where the other ended."""
     recipe = [*RECIPE[:2], "--accumulate", 2, *RECIPE[6:], "--dtype", "float32", "--lr", "1e-3"]
     flags = lambda out: list(map(str, ["--model", backbone, "--data", corpus, "--out", tmp_path / out, *recipe]))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(random.Random().randint(20000, 60000)), str(ROOT / "train.py")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(random.Random().randint(20000, 60000)), str(ROOT / "train.py"), *more]
     run = lambda *command: subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     two = run(*torchrun, *flags("two"), "--batch-size", "1")
     assert two.returncode == 0, two.stderr
     one = script("train.py", *flags("one"), "--batch-size", 2)
     assert one.returncode == 0, one.stderr
-    for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
-        assert a == pytest.approx(b, rel=1e-5, abs=1e-6) if "loss" in a else a["eval"] == pytest.approx(b["eval"], rel=1e-5)
+
+    def same():
+        for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+            assert a == pytest.approx(b, rel=limit, abs=1e-6) if "loss" in a else a["eval"] == pytest.approx(b["eval"], rel=limit)
+        for file, tensors in state_of(tmp_path / "one").items():
+            for name, x in tensors.items():
+                if not name.endswith(".exp_avg_sq"):
+                    torch.testing.assert_close(state_of(tmp_path / "two")[file][name].float(), x.float(), rtol=1e-3, atol=1e-4, msg=name)
+    same()
     for name, again in (("two", lambda: script("train.py", *flags("two"), "--batch-size", 1, "--resume")),
                         ("one", lambda: run(*torchrun, *flags("one"), "--batch-size", "2", "--resume"))):
+        shutil.copytree(tmp_path / name, tmp_path / f"whole-{name}")
         shutil.rmtree(tmp_path / name / "step-000004")
         done = again()                        # the other number of processes opens it, and goes on
         assert done.returncode == 0 and "going on from" in done.stdout and [r["step"] for r in losses(tmp_path / name) if "loss" in r] == [1, 2, 3, 4], done.stderr
+
+
+def test_sharded_gradients_equal_those_of_one_process(tmp_path):
+    """Two processes hold half of every layer each; gradients of a chunked, checkpointed step equal those of the whole batch in one process."""
+    code = """
+import torch, torch.distributed as dist, train, optim
+from torch.distributed.tensor import DTensor
+from conftest import small
+dist.init_process_group("gloo")
+train.CHUNK = 4 * 7 * 50
+ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(5))
+one, two = small(2, dtype=torch.float32), small(2, dtype=torch.float32)
+optim.shard(two, torch.float32, torch.device("cpu"))
+optim.checkpoint_activations(two)
+pairs, alone = optim.fp32_masters(two, torch.float32), optim.fp32_masters(one, torch.float32)
+for i in range(2):
+    train.training_step(one, ids, 4, {0, 2}, 0.5)
+    train.training_step(two, ids[dist.get_rank()][None], 4, {0, 2}, 0.5)
+assert sum(p.to_local().numel() for p in two.parameters() if isinstance(p, DTensor)) * 2 == sum(p.numel() for p in two.parameters() if isinstance(p, DTensor))
+assert sum(p.numel() for p in two.parameters() if not isinstance(p, DTensor)) < 0.02 * sum(p.numel() for p in one.parameters())
+wanted = {name: p.grad.clone() for name, p in one.named_parameters() if p.grad is not None}
+sgd = lambda pairs: torch.optim.SGD([master for _, master in pairs.values()], lr=1.0)
+norms = optim.update(alone, sgd(alone), 0.1), optim.update(pairs, sgd(pairs), 0.1)
+assert norms[0] > 0.1 and abs(norms[0] / norms[1] - 1) < 1e-5, norms
+for name, p in small(2, dtype=torch.float32).named_parameters():
+    now = dict(two.named_parameters())[name]
+    now = now.full_tensor() if isinstance(now, DTensor) else now
+    moved = wanted[name] * 0.1 / norms[0] if name in wanted else 0
+    torch.testing.assert_close(now, p - moved, rtol=1e-5, atol=1e-6, msg=name)
+dist.destroy_process_group()
+"""
+    (tmp_path / "check.py").write_text(code)
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(random.Random().randint(20000, 60000)), str(tmp_path / "check.py")],
+                         capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.mark.parametrize("most", [0.01, 1e9])
+def test_clipping_acts_on_the_mean_gradient_of_an_optimizer_step(most):
+    """Two halves of a batch accumulated: the norm is that of the whole batch's mean gradient, and a step of plain descent is that gradient, cut to `most`."""
+    ids, model = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(5)), small(2, dtype=torch.float32)
+    trained = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
+    gradient = torch.autograd.grad(straight_line(model, ids, 4, {0, 2}), trained)
+    norm = torch.stack([g.square().sum() for g in gradient]).sum().sqrt()
+    wanted = [p.detach() - g * min(1, most / norm) for p, g in zip(trained, gradient)]
+    pairs = train.fp32_masters(model, torch.float32)
+    for row in ids:
+        train.training_step(model, row[None], 4, {0, 2}, scale=0.5)
+    found = train.update(pairs, torch.optim.SGD([master for _, master in pairs.values()], lr=1.0), most)
+    assert found == pytest.approx(norm.item(), rel=1e-5)
+    for p, w in zip(trained, wanted):
+        torch.testing.assert_close(p.detach(), w, rtol=1e-5, atol=1e-6)
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_logits_are_made_a_chunk_at_a_time_and_memory_does_not_grow_with_loops(monkeypatch):
@@ -329,7 +392,7 @@ def test_logits_are_made_a_chunk_at_a_time_and_memory_does_not_grow_with_loops(m
     ids = torch.randint(0, 5000, (4, 32), generator=torch.Generator().manual_seed(5))
     whole, parts = small(2, vocab_size=5000), small(2, vocab_size=5000)
     train.training_step(whole, ids, 4, {0, 2})
-    monkeypatch.setattr(train, "CHUNK", 10 * 5000)
+    monkeypatch.setattr(train, "CHUNK", 4 * 10 * 5000)
     sizes = []
     with Largest():
         train.training_step(parts, ids, 4, {0, 2})
