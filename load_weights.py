@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from loopus import InputError, LoopUS, LoopUSConfig, free_memory, require
 
@@ -478,10 +477,15 @@ def digests(directory):
             found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
 
+def is_sharded(p):
+    """Is p a DTensor, spread over the processes by optim.shard?"""
+    return hasattr(p, "device_mesh")
+
 def whole(p, x):
     """Of a tensor that is sharded as parameter p is, all of it, on the CPU (every process has to ask); else x itself."""
-    if not isinstance(p, DTensor) or x.dim() == 0:
+    if not is_sharded(p) or x.dim() == 0:
         return x
+    from torch.distributed.tensor import DTensor
     return DTensor.from_local(x, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor().cpu()
 
 def save_checkpoint(model, tokenizer, target, keep, pairs, optimizer, facts, dtype):
@@ -489,7 +493,7 @@ def save_checkpoint(model, tokenizer, target, keep, pairs, optimizer, facts, dty
     Beside the published layout: trainer.safetensors (masters, moments, random state) and trainer.json (`facts`)."""
     if target.exists():
         return
-    tensors = {name: whole(p, p.to_local().to(dtype)) if isinstance(p, DTensor) else p for name, p in model.state_dict().items()}
+    tensors = {name: whole(p, p.to_local().to(dtype)) if is_sharded(p) else p for name, p in model.state_dict().items()}
     state = {"random": torch.get_rng_state()} | {f"{name}.master": whole(p, master.detach()) for name, (p, master) in pairs.items() if master is not p}
     state |= {f"{name}.{moment}": whole(p, x) for name, (p, master) in pairs.items() for moment, x in optimizer.state[master].items()}
     if dist.is_initialized() and dist.get_rank() > 0:
@@ -529,7 +533,8 @@ def restore(path, pairs, optimizer):
     torch.set_rng_state(state.pop("random"))
     for name, (p, master) in pairs.items():
         found = {moment: state[f"{name}.{moment}"] for moment in ("master", "step", "exp_avg", "exp_avg_sq") if f"{name}.{moment}" in state}
-        if isinstance(p, DTensor):
+        if is_sharded(p):
+            from torch.distributed.tensor import distribute_tensor
             found = {key: distribute_tensor(x.to(master.device), p.device_mesh, p.placements).to_local() if x.dim() else x for key, x in found.items()}
         if master is not p and "master" in found:
             master.data.copy_(found["master"])

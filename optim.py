@@ -8,11 +8,9 @@ import sys
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from load_weights import ADDED, count
+from load_weights import ADDED, count, is_sharded
 
 def fp32_masters(model, dtype):
     """Freeze E, put the backbone into `dtype`, and return {name: (parameter, fp32 master)} of all that is trained.
@@ -24,7 +22,7 @@ def fp32_masters(model, dtype):
     for name, p in model.named_parameters():
         if name.startswith("encoder."):
             p.requires_grad_(False)
-        if isinstance(p, DTensor):            # sharded: fp32 already, and this process's part is the master
+        if is_sharded(p):            # sharded: fp32 already, and this process's part is the master
             master = nn.Parameter(p.to_local().detach())
         elif dtype == torch.float32 or name.startswith(ADDED):
             p.data = p.data.float()
@@ -44,6 +42,7 @@ def fp32_masters(model, dtype):
 
 def shard(model, dtype, device):
     """Spread layers, embedding and output head over the processes (FSDP2): fp32 parts, gathered in `dtype` while a module runs."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard      # half a second and 80 MB that one process never needs
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     model.encoder.requires_grad_(False)
@@ -60,9 +59,9 @@ def average(tensors):
 def update(pairs, optimizer, most):
     """One optimizer step on the mean gradient of all processes, its norm clipped to `most`. One that is not finite moves nothing. -> the norm"""
     for p, master in pairs.values():
-        if isinstance(p, DTensor):
+        if is_sharded(p):
             master.grad = p.grad.to_local()   # which FSDP has averaged
-    split = {kind: [master for p, master in pairs.values() if master.grad is not None and isinstance(p, DTensor) == kind] for kind in (True, False)}
+    split = {kind: [master for p, master in pairs.values() if master.grad is not None and is_sharded(p) == kind] for kind in (True, False)}
     average([master.grad for master in split[False]])
     parts, whole = (nn.utils.get_total_norm([master.grad for master in split[kind]]) for kind in (True, False))
     if split[True]:
@@ -73,7 +72,7 @@ def update(pairs, optimizer, most):
         optimizer.step()
     with torch.no_grad():
         for p, master in pairs.values():
-            if p is not master and not isinstance(p, DTensor):
+            if p is not master and not is_sharded(p):
                 p.copy_(master)
             p.grad = master.grad = None
     return whole.item()
