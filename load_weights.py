@@ -488,7 +488,7 @@ def whole(p, x):
     from torch.distributed.tensor import DTensor
     return DTensor.from_local(x, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor().cpu()
 
-def save_checkpoint(model, tokenizer, target, keep, pairs, optimizer, facts, dtype):
+def save_checkpoint(model, tokenizer, target, keep, pairs, optimizer, dtype, facts):
     """Save as `target`, kind-000123, written beside and renamed; of the folder's older ones of the kind, the newest `keep` stay.
     Beside the published layout: trainer.safetensors (masters, moments, random state) and trainer.json (`facts`)."""
     if target.exists():

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from load_weights import ADDED, count, is_sharded
+from load_weights import ADDED, announce, count, is_sharded
 
 def fp32_masters(model, dtype):
     """Freeze E, put the backbone into `dtype`, and return {name: (parameter, fp32 master)} of all that is trained.
@@ -49,6 +49,11 @@ def shard(model, dtype, device):
     for module in (model.encoder.embed_tokens, *model.encoder.layers, *model.reasoning.layers, *model.decoder.layers, model.decoder.lm_head):
         fully_shard(module.float(), mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     model.to(device)
+
+def meet():
+    """Wait until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 def average(tensors):
     """Mean of each tensor over all processes, in place."""
@@ -99,6 +104,16 @@ def training_needs(config, dtype, tokens, chunk, checkpointing=False, shards=1):
     return {"weights": weights, "masters, gradients and moments": (every - frozen) * (12 if fp32 or shards > 1 else 16) / shards,
             "activations": tokens * dtype.itemsize * (config.hidden_size * layers + kept if checkpointing else kept * layers),
             "logits": 12 * min(tokens * config.vocab_size, chunk)}
+
+def plan(args, config, dtype, device, world, chunk):
+    """Say what a run needs and what there is -> which flags would help."""
+    def needs(share=1, checkpointing=args.checkpoint_activations, shards=world if args.shard else 1):
+        return training_needs(config, dtype, args.batch_size * args.seq_len // share, chunk, checkpointing, shards)
+    size = lambda **changes: f"{sum(needs(**changes).values()) / 1e9:.1f} GB"
+    advice = (f"half of --batch-size {args.batch_size} (with twice --accumulate) or of --seq-len {args.seq_len} takes {size(share=2)}, --checkpoint-activations {size(checkpointing=True)}, "
+              f"--shard over 8 GPUs {size(shards=8)} each")
+    announce("training", needs(), device, advice)
+    return advice
 
 def learning_rate(step, steps, peak, warmup):
     """Linear warm-up (at most a tenth of the steps), then one cosine to zero; step from 0."""

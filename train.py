@@ -26,9 +26,9 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import tiny
-from load_weights import PRESETS, add_model_flags, announce, load, number, open_log, pick_device, pick_dtype, restore, resumable, run, save_checkpoint
+from load_weights import PRESETS, add_model_flags, count, load, number, open_log, pick_device, pick_dtype, restore, resumable, run, save_checkpoint
 from loopus import InputError, require
-from optim import average, checkpoint_activations, fp32_masters, keep_freed_memory, learning_rate, shard, signals, training_needs, update
+from optim import average, checkpoint_activations, fp32_masters, keep_freed_memory, learning_rate, meet, plan, shard, signals, update
 
 BUDGETS = (1, 2, 4, 8)                        # loops at which the held-out loss is taken
 FINEWEB = "HuggingFaceFW/fineweb-edu/data/CC-MAIN-2025-26"     # the paper's text, shard by shard
@@ -176,18 +176,19 @@ def fit(args):
     flags = {name: str(value) for name, value in vars(args).items() if name not in ("out", "resume", "device", "keep", "checkpoint_activations", "compile", "shard")}
     log_path = args.out / "log.jsonl"
     if rank > 0:
-        dist.barrier()                        # process 0 looks first: it may set a broken checkpoint aside
+        meet()                                # process 0 looks first: it may set a broken checkpoint aside
     used = log_path.exists() or any(args.out.glob(f"{kind}-*"))
-    resumed, facts = (resumable(args.out, kind, flags) if args.resume or log_path.exists() else None) or (None, START)
+    resumed, facts = (args.resume or log_path.exists()) and resumable(args.out, kind, flags) or (None, START)
     require(args.resume or not used or resumed and facts["step"] < args.steps,
             f"--out {args.out}: holds a run already, {'finished (--resume goes past it)' if resumed else 'without a checkpoint (--resume starts it afresh)'}; choose another folder, or move it away")
-    for _ in range(0 if world == 1 else 1 if rank > 0 else 2):
-        dist.barrier()                        # and nobody writes before all have looked
+    meet() if rank == 0 else None
+    meet()                                    # and nobody writes before all have looked
     device = pick_device(args.device if world == 1 or args.device != "auto" else f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu")
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
     choice = random.Random(args.seed)                 # the same supervised loops in every process
-    model, tokenizer = load(str(resumed or args.model), split=args.split, device="cpu" if args.shard else device, plan=lambda config: plan(args, config, dtype, device, world))
+    needed = lambda config: plan(args, config, dtype, device, world, CHUNK // (1 if device.type == "cuda" else 4))
+    model, tokenizer = load(str(resumed or args.model), split=args.split, device="cpu" if args.shard else device, plan=needed)
     require(tokenizer, f"--model {args.model}: no tokenizer.json in it, which text needs")
     require(args.seq_len <= model.config.max_position_embeddings, f"--seq-len {args.seq_len}: the model's context is {model.config.max_position_embeddings}")
     if not model.config.from_checkpoint:
@@ -195,7 +196,6 @@ def fit(args):
     elif not resumed:
         print('going on from a LoopUS checkpoint: its gate is kept, and "pretrained" below is its own layers run once, ungated')
     model.config.loops, model.config.exit_threshold = args.loops, args.threshold
-    trained, frozen = (sum(p.numel() for p in ps) / 1e6 for ps in ([*model.reasoning.parameters(), *model.decoder.parameters(), *model.q_head.parameters()], model.encoder.parameters()))
     if args.shard:
         shard(model, dtype, device)
     pairs = fp32_masters(model, dtype)
@@ -209,10 +209,8 @@ def fit(args):
         layer.compile()
     if args.checkpoint_activations:
         checkpoint_activations(model)
-
     held_out, stream = material(args, tokenizer, position)
     held_out = [x.to(device) for x in held_out]
-
     def next_batch():                         # of `world` batches in turn, this process's own, and the position behind all of them
         batches = list(itertools.islice(stream, world))
         return batches[rank][0], batches[-1][1]
@@ -221,77 +219,67 @@ def fit(args):
     coming.result()                           # data that cannot be read is found before anything is written
     log = open_log(log_path, first) if rank == 0 else open(os.devnull, "w")
 
-    def write_log(record):
-        log.write(json.dumps(record) + "\n")
-        log.flush()
-
     def report_held_out(step):
         """Evaluate, log, show."""
         found = evaluate(model, held_out, args.batch_size, plain=args.control)
         record = {"pretrained": pretrained, **({"control": found["plain"]} if args.control else found)}
-        write_log({"step": step, "eval": record})
+        print(json.dumps({"step": step, "eval": record}), file=log, flush=True)
         print("      held-out loss  " + "  ".join(f"{'budget ' * name.isdigit()}{name} {loss:.3f}" for name, loss in record.items()), flush=True)
 
-    def save_now(step):
+    def save_now(step, position, chosen):
         target = args.out / f"{kind}-{step:06d}"
-        facts = {"step": step, "tokens": tokens, "spent": spent, "skipped": skipped, "data": position, "choice": choice.getstate(), "pretrained": pretrained, "flags": flags}
-        save_checkpoint(model, tokenizer, target, args.keep, pairs, optimizer, facts, dtype)
+        facts = {"step": step, "tokens": tokens, "spent": spent, "skipped": skipped, "data": position, "choice": chosen, "pretrained": pretrained, "flags": flags}
+        save_checkpoint(model, tokenizer, target, args.keep, pairs, optimizer, dtype, facts)
         print(f"      saved {target}", flush=True)
-
-    print(f"{args.model} on {device}: {trained:.1f} M parameters trained, {frozen:.1f} M frozen (embedding and encoder); {str(dtype).removeprefix('torch.')} "
+    every, frozen = count(model.config)
+    print(f"{args.model} on {device}: {(every - frozen) / 1e6:.1f} M parameters trained, {frozen / 1e6:.1f} M frozen (embedding and encoder); {str(dtype).removeprefix('torch.')} "
           f"computation, fp32 masters; {args.steps} steps of {args.accumulate} x {args.batch_size}{f' x {world}' * (world > 1)} sequences")
-    if resumed:
-        pretrained = facts["pretrained"]
-    else:
-        pretrained = evaluate(model, held_out, args.batch_size, plain=True)["plain"]
+    pretrained = facts["pretrained"] if resumed else evaluate(model, held_out, args.batch_size, plain=True)["plain"]
+    if not resumed:
         report_held_out(0)
     print("  step    loss      lm    mono       q      norm        lr   tokens  tok/s      ETA")
     if device.type == "cpu":
         keep_freed_memory()
     asked, bad, started = signals(), 0, time.perf_counter()
     for step in range(first, args.steps):
-        before, records = time.perf_counter(), []
+        before, records, seen, at = time.perf_counter(), [], 0, (position, choice.getstate())
         optimizer.param_groups[0]["lr"] = lr = learning_rate(step, args.steps, args.lr, args.warmup)
         try:
             for _ in range(args.accumulate):
-                batch, position = coming.result()
-                (ids, targets), coming = (x.to(device) for x in batch), worker.submit(next_batch)
+                (batch, position), coming = coming.result(), worker.submit(next_batch)
+                ids, targets = (x.to(device) for x in batch)
                 if args.control:
                     records += control_step(model, ids, 1 / args.accumulate, targets)
                 else:
                     records += training_step(model, ids, args.loops, set(choice.sample(range(args.loops), args.supervised)), 1 / args.accumulate, targets)
-                tokens += world * ids.numel()
+                seen += world * ids.numel()
+        except InputError:                    # the data ended in an error, a lost network say: what was trained is kept
+            if world == 1 and step > first:
+                save_now(step, *at)
+            raise
         except torch.OutOfMemoryError:
-            raise InputError("out of memory: " + plan(args, model.config, dtype, device, world)) from None
+            raise InputError("out of memory: " + needed(model.config)) from None
         means = torch.tensor([sum(r[name] for r in records) / len(records) for name in ("lm", "mono", "q")] + [len(asked)], dtype=torch.float64, device=device)
         average([means])
-        lm, mono, q, stop = means.tolist()
+        (lm, mono, q, stop), tokens = means.tolist(), tokens + seen
         norm = update(pairs, optimizer, args.clip)
         bad, skipped = (0, skipped) if math.isfinite(norm) else (bad + 1, skipped + 1)
         spent += time.perf_counter() - before
         loss, speed, eta = lm + mono + q, tokens / spent, int((args.steps - step - 1) * spent / (step + 1))
-        write_log({"step": step + 1, "tokens": tokens, "lr": lr, "loss": loss, "lm": lm, "mono": mono, "q": q, "norm": norm, "tokens_per_s": speed, "skipped": skipped})
+        record = {"step": step + 1, "tokens": tokens, "lr": lr, "loss": loss, "lm": lm, "mono": mono, "q": q, "norm": norm, "tokens_per_s": speed, "skipped": skipped}
+        print(json.dumps(record), file=log, flush=True)
         print(f"{step + 1:6d} {loss:7.3f} {lm:7.3f} {mono:7.3f} {q:7.3f} {norm:9.2f} {lr:9.2e} {tokens:8d} {speed:6.0f} "
               f"{eta // 3600:2d}:{eta // 60 % 60:02d}:{eta % 60:02d}" + f"   not finite: step skipped, {skipped} so far" * (bad > 0), flush=True)
         require(bad < PATIENCE, f"step {step + 1}: the gradient was not finite {PATIENCE} times in a row; the newest checkpoint in {args.out} is good; try a smaller --lr")
-        if last_or_due := (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
+        if due := (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
             report_held_out(step + 1)
-        if last_or_due or stop:
-            save_now(step + 1)
+        if due or stop:
+            save_now(step + 1, position, choice.getstate())
         if stop and step + 1 < args.steps:
             print("stopped; the same command with --resume goes on from here")
             sys.exit(130)
     print(f"{tokens} tokens in {time.perf_counter() - started:.0f} s")
     return model
-
-def plan(args, config, dtype, device, world):
-    """Say what the run needs and what there is, and which flag would help -> the advice."""
-    def needs(share=1, checkpointing=args.checkpoint_activations, shards=world if args.shard else 1):
-        return training_needs(config, dtype, args.batch_size * args.seq_len // share, CHUNK // (1 if device.type == "cuda" else 4), checkpointing, shards)
-    size = lambda **changes: f"{sum(needs(**changes).values()) / 1e9:.1f} GB"
-    advice = f"half of --batch-size {args.batch_size} (with twice --accumulate) or --seq-len {args.seq_len} takes {size(share=2)}, --checkpoint-activations {size(checkpointing=True)}, --shard over 8 GPUs {size(shards=8)} each"
-    announce("training", needs(), device, advice)
-    return advice
 
 def main():
     args = parse_args()

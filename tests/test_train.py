@@ -283,6 +283,22 @@ def test_resuming_with_other_flags_is_refused_and_changes_nothing(trained, backb
     assert again.returncode == 2 and "--lr 0.001, now it is 0.0005" in again.stderr and (out / "a" / "log.jsonl").read_bytes() == before
 
 
+def test_data_that_ends_in_an_error_keeps_what_was_trained(backbone, tmp_path):
+    """A line behind the first 1024 sequences is broken: a checkpoint is written, and the same command goes on once it is mended."""
+    lines, recipe = [json.dumps({"text": f"line {i} of the text " * 40}) for i in range(120)], ["--batch-size", 64, "--steps", 18, "--accumulate", 1, *RECIPE[6:], "--eval-every", 100, "--dtype", "float32"]
+    for name, last in (("good", lines[:1]), ("bad", ["{"])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines + last))
+    command = ["train.py", "--model", backbone, "--data", tmp_path / "bad.jsonl", "--out", tmp_path / "run", *recipe]
+    done = script(*command)
+    saved = [path.name for path in (tmp_path / "run").glob("step-*")]
+    assert done.returncode == 2 and "line 121" in done.stderr and len(saved) == 1 and saved[0] > "step-000003", done.stderr
+    shutil.copy(tmp_path / "good.jsonl", tmp_path / "bad.jsonl")
+    again = script(*command)
+    assert again.returncode == 0 and f"going on from {tmp_path / 'run' / saved[0]}" in again.stdout, again.stderr
+    assert script("train.py", "--model", backbone, "--data", tmp_path / "good.jsonl", "--out", tmp_path / "whole", *recipe).returncode == 0
+    assert equal(state_of(tmp_path / "run", 18), state_of(tmp_path / "whole", 18))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(trained, backbone, corpus, tmp_path, number):
     out, _ = trained
