@@ -21,21 +21,22 @@ SHUFFLE = 1024                                # sequences that are shuffled toge
 KINDS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
 
 def shards(source):
-    """The files of --data as functions that give each one's path: a file, those of a folder, or those of a hub data set (org/name, or
-    org/name/folder), fetched when their turn comes. Of a data set that names splits, the training split."""
+    """The files of --data, {name: a function that gives its path}: a file, those of a folder, or those of a hub data set (org/name, or
+    org/name/folder), fetched when their turn comes. Files that are named after a test or validation split are left out."""
     path = Path(source)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.name.endswith(KINDS))
         require(files, f"{path}: no {', '.join(KINDS)} file in this folder")
-        return [lambda file=file: file for file in files]
+        return {str(file): lambda file=file: file for file in files}
     if path.exists() or path.name.endswith(KINDS) or not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?", str(source)):
-        return [lambda: path]
+        return {str(path): lambda: path}
     owner, name, *folder = str(source).strip("/").split("/")
     repo, within = f"{owner}/{name}", "".join(f"{part}/" for part in folder)
-    files = hub_files(repo, "main", [f"{within}*{kind}" for kind in KINDS], "dataset")
-    split = [file for file in files if "train" in file.removeprefix(within)] or [*files]
-    require(split, f"{source}: no {', '.join(KINDS)} file in this data set" + f" below {within}" * bool(within))
-    return [lambda file=file: fetch(repo, "main", {file: files[file]}, "dataset") / file for file in sorted(split)]
+    pinned, files = hub_files(repo, "main", "dataset")
+    files = {file: facts for file, facts in sorted(files.items()) if file.startswith(within) and file.endswith(KINDS)
+             and not re.search(r"(^|[/_.-])(test|valid|validation|dev)([/_.-]|$)", file.removeprefix(within))}
+    require(files, f"{source}: no {', '.join(KINDS)} file to train on in this data set" + f" below {within}" * bool(within))
+    return {file: lambda file=file: fetch(repo, pinned, {file: files[file]}, "dataset") / file for file in files}
 
 def documents(path, skip=0):
     """(number, text) of the documents of a .txt (one), .jsonl, .jsonl.gz, .jsonl.xz or .parquet file (field or column "text"), from number `skip` on."""
@@ -74,14 +75,15 @@ def text_of(line, where):
     return text
 
 def sequences(files, tokenizer, seq_len, place=None):
-    """Full sequences of seq_len ids, packed, from `files` (functions that give a path) in turn; each with the place behind it, from which the rest comes again."""
-    place = place or {"file": 0, "document": 0, "carry": [], "skip": 0}
+    """Full sequences of seq_len ids, packed, from the files of `shards` in turn; each with the place behind it, from which the rest comes again."""
+    place = place or {"file": next(iter(files)), "document": 0, "carry": [], "skip": 0}
+    require(place["file"] in files, f"--data: {place['file']}, in which the run stopped, is not among its {len(files)} files any more")
     end, carry, skip = [] if tokenizer.eos_id is None else [tokenizer.eos_id], place["carry"], place["skip"]
-    for f, file in enumerate(files[place["file"]:], place["file"]):
-        for n, text in documents(file(), place["document"] * (f == place["file"])):
+    for name in itertools.dropwhile(lambda name: name != place["file"], files):
+        for n, text in documents(files[name](), place["document"] * (name == place["file"])):
             ids = carry + tokenizer.encode(text, bos=tokenizer.add_bos) + end
             for i in range(skip, len(ids) // seq_len):
-                yield ids[i * seq_len:(i + 1) * seq_len], {"file": f, "document": n, "carry": carry, "skip": i + 1}
+                yield ids[i * seq_len:(i + 1) * seq_len], {"file": name, "document": n, "carry": carry, "skip": i + 1}
             carry, skip = ids[len(ids) - len(ids) % seq_len:], 0
 
 def held_out(path, tokenizer, seq_len, count):

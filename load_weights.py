@@ -9,6 +9,7 @@ must be there in the shape the config gives, and nothing else may be.
 import argparse
 import contextlib
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -198,7 +199,9 @@ def hub_errors(name):
             words = "gated: accept its terms on its page, then set HF_TOKEN to a token of your account"
         elif is_a(errors.OfflineModeIsEnabled):
             words = f"HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} does not hold all of it; unset it, or fetch it once where there is a network"
-        elif status == 401 or is_a(errors.RepositoryNotFoundError):
+        elif status == 401 and not is_a(errors.RepositoryNotFoundError):
+            words = f"{constants.ENDPOINT} refuses HF_TOKEN (HTTP 401); correct it, or unset it for what is public"
+        elif is_a(errors.RepositoryNotFoundError):
             words = f"not found on {constants.ENDPOINT}, or private (HTTP {status}); check the id, and HF_TOKEN if it is private"
         elif is_a(errors.RevisionNotFoundError, errors.EntryNotFoundError) and status == 404:
             words = f"no such revision or file (HTTP 404: {words})"
@@ -208,41 +211,37 @@ def hub_errors(name):
             words = f"{constants.ENDPOINT} could not be used ({words}); check the network, HF_ENDPOINT and free space; whole files are kept, and the same command goes on"
         raise InputError(f"{name}: {words}") from None
 
-def hub_files(repo, revision, patterns, kind="model"):
-    """{file name: (bytes, must it be fetched?)} of a hub repository; without a network, of what the cache holds of it."""
-    from huggingface_hub import errors, snapshot_download
+def hub_files(repo, revision, kind="model"):
+    """What a revision of a hub repository is now, and {file name: (bytes, SHA-256 or None)} of it; without a network, as the cache knows it."""
+    from huggingface_hub import HfApi, errors, get_cached_repo_tree, resolve_revision
     with hub_errors(repo):
+        pinned = resolve_revision(repo, repo_type=kind, revision=revision)
         try:
-            return {f.filename: (f.file_size, f.will_download) for f in snapshot_download(repo, repo_type=kind, revision=revision, allow_patterns=patterns, dry_run=True)}
-        except errors.DryRunError as error:
-            try:
-                folder = snapshot_download(repo, repo_type=kind, revision=revision, allow_patterns=patterns, local_files_only=True)
-            except errors.IncompleteSnapshotError as incomplete:
-                folder = incomplete.snapshot_path
-            except errors.LocalEntryNotFoundError:
-                raise (error.__cause__ or error) from None
-            found = {path.relative_to(folder).as_posix(): (path.stat().st_size, False) for path in sorted(Path(folder).rglob("*")) if path.is_file()}
-            if not any(name.endswith((".safetensors", ".bin", ".parquet", ".jsonl", ".gz", ".xz", ".txt")) for name in found):
-                raise (error.__cause__ or error) from None
-            return found
+            tree = get_cached_repo_tree(repo, repo_type=kind, revision=pinned.resolved)
+        except errors.CachedRepoTreeNotFoundError:
+            tree = HfApi().list_repo_tree(repo, recursive=True, repo_type=kind, revision=pinned.resolved)
+        return pinned, {file.path: (file.size or 0, file.lfs and file.lfs.sha256) for file in tree if hasattr(file, "size")}
 
-def fetch(repo, revision, files, kind="model"):
-    """Some {file name: (bytes, must it be fetched?)} of a hub repository -> the local directory they lie in. What arrives is held against its SHA-256."""
-    from huggingface_hub import constants, snapshot_download
-    new, cache = {name: size for name, (size, missing) in files.items() if missing}, Path(constants.HF_HUB_CACHE)
-    free, size = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free, sum(new.values())
+def fetch(repo, pinned, files, kind="model"):
+    """Bring some of hub_files' {file name: (bytes, SHA-256 or None)} here -> the local directory they lie in. What arrives is held against its SHA-256."""
+    from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+    new = {name for name in files if not isinstance(try_to_load_from_cache(repo, name, repo_type=kind, revision=pinned.resolved), str)}
+    cache, size = Path(constants.HF_HUB_CACHE), sum(files[name][0] for name in new)
+    free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
     if size > 1e5:
-        print(f"{repo}: fetching {size / 1e6:.1f} MB in {len(new)} files from {constants.ENDPOINT} into {cache} ({free / 1e9:.0f} GB free)", file=sys.stderr, flush=True)
+        print(f"{repo}: fetching {', '.join(sorted(new))} ({size / 1e6:.1f} MB) from {constants.ENDPOINT} into {cache} ({free / 1e9:.0f} GB free)", file=sys.stderr, flush=True)
     require(size < free, f"{cache}: {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB needed for {repo}; free space, or set HF_HOME to another disk")
-    with hub_errors(repo):
-        directory = Path(snapshot_download(repo, repo_type=kind, revision=revision, allow_patterns=[*files]))
-    for path in (directory / name for name in new):
-        blob = path.readlink() if path.is_symlink() else path      # the cache names the content of a large file by its SHA-256
-        if re.fullmatch("[0-9a-f]{64}", blob.name):
+    large = [name for name, (_, sha) in files.items() if sha]
+    for group in ([name for name in files if name not in large], *([name] for name in large)):
+        if not group:
+            continue
+        with hub_errors(repo):
+            directory = Path(snapshot_download(repo, repo_type=kind, revision=pinned, allow_patterns=[glob.escape(name) for name in group]))
+        for path, sha in ((directory / name, files[name][1]) for name in group if name in new and files[name][1]):
             with open(path, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != blob.name:
-                    path.resolve().unlink(), path.unlink()
-                    raise InputError(f"{repo}: {path.name} arrived damaged (its SHA-256 is not {blob.name[:12]}…) and was removed; run the same command again")
+                if hashlib.file_digest(file, "sha256").hexdigest() != sha:
+                    path.resolve().unlink(), path.unlink(missing_ok=True)
+                    raise InputError(f"{repo}: {path.name} arrived damaged (its SHA-256 is not {sha[:12]}…) and was removed; run the same command again")
     return directory
 
 def find(name, plan=lambda directory, split: None):
@@ -251,15 +250,14 @@ def find(name, plan=lambda directory, split: None):
     if Path(source).is_dir():
         plan(Path(source), split)
         return Path(source), split
-    source, _, pinned = str(source).partition("@")
+    source, _, asked = str(source).partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise InputError(f"--model {name}: neither a directory nor one of {', '.join(PRESETS)} nor a hub id like org/name")
-    revision = revision or pinned or "main"
-    files = hub_files(source, revision, ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "*.safetensors", "*.bin", "*.pt"])
+    pinned, files = hub_files(source, revision or asked or "main")
     require("config.json" in files, f"--model {name}: {source} has no config.json, so it is no model in Hugging Face's layout")
-    wanted = [*weight_files(files, f"--model {name}: {source}"), "config.json", *(file for file in TOKENIZER_FILES if file in files)]
-    plan(fetch(source, revision, {"config.json": files["config.json"]}), split)
-    return fetch(source, revision, {file: files[file] for file in wanted if file != "config.json"}), split
+    weights = weight_files(files, f"--model {name}: {source}")
+    plan(fetch(source, pinned, {"config.json": files["config.json"]}), split)
+    return fetch(source, pinned, {file: files[file] for file in (*TOKENIZER_FILES, "config.json", *weights) if file in files}), split
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
@@ -734,8 +732,8 @@ def main():
         return
     if not args.directory:
         parser.error("name a preset, a directory or a hub id, or give --list")
-    directory, _ = find(args.directory)
-    model, tokenizer = load(args.directory, split=args.split)
+    directory, known = find(args.directory)
+    model, tokenizer = load(str(directory), split=args.split or known)
     c, count = model.config, lambda module: sum(p.numel() for p in module.parameters()) / 1e6
     mid, end = c.encoder_layers, c.num_hidden_layers - c.decoder_layers
     size = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -110,10 +110,10 @@ def main():
     source = args.compare or model.config.base_model
     if args.compare is not None:              # known to be there before anything is generated
         try:
-            require(source, "")
+            require(source, "the checkpoint names no backbone")
             find(source)
-        except InputError:
-            raise InputError(f"--compare: the checkpoint's backbone {source!r} is not here; name its directory: --compare DIR") from None
+        except InputError as error:
+            raise InputError(f"--compare: {error}; or name its directory: --compare DIR") from None
     colour = sys.stdout.isatty()
     if colour:
         print(" ".join(shade(f" {n} ", n, args.budget) for n in range(1, args.budget + 1)), "loops\n")
