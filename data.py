@@ -7,7 +7,9 @@ import gzip
 import itertools
 import json
 import lzma
+import queue
 import re
+import threading
 import zlib
 from pathlib import Path
 
@@ -22,7 +24,7 @@ KINDS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
 
 def shards(source):
     """The files of --data, {name: a function that gives its path}: a file, those of a folder, or those of a hub data set (org/name, or
-    org/name/folder), fetched when their turn comes. Files that are named after a test or validation split are left out."""
+    org/name/folder), fetched when their turn comes. Of a data set, files that are named after a test or validation split are left out."""
     path = Path(source)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.name.endswith(KINDS))
@@ -75,7 +77,8 @@ def text_of(line, where):
     return text
 
 def sequences(files, tokenizer, seq_len, place=None):
-    """Full sequences of seq_len ids, packed, from the files of `shards` in turn; each with the place behind it, from which the rest comes again."""
+    """Full sequences of seq_len ids, packed, from the files of `shards` in turn; each with the place behind it, from which the rest comes again:
+    the file and number of the document that is being cut, the ids left over from before it, and how many of its sequences were given."""
     place = place or {"file": next(iter(files)), "document": 0, "carry": [], "skip": 0}
     require(place["file"] in files, f"--data: {place['file']}, in which the run stopped, is not among its {len(files)} files any more")
     end, carry, skip = [] if tokenizer.eos_id is None else [tokenizer.eos_id], place["carry"], place["skip"]
@@ -86,6 +89,23 @@ def sequences(files, tokenizer, seq_len, place=None):
                 yield ids[i * seq_len:(i + 1) * seq_len], {"file": name, "document": n, "carry": carry, "skip": i + 1}
             carry, skip = ids[len(ids) - len(ids) % seq_len:], 0
 
+def ahead(stream):
+    """The items of a stream, the next one made by a thread while one is used; the thread ends with the program, whatever it waits for."""
+    ready = queue.Queue(1)
+
+    def produce():
+        try:
+            for item in stream:
+                ready.put((item, None))
+        except Exception as error:            # raised where the item would have been used
+            ready.put((None, error))
+    threading.Thread(target=produce, daemon=True).start()
+    while True:
+        item, error = ready.get()
+        if error:
+            raise error
+        yield item
+
 def held_out(path, tokenizer, seq_len, count):
     """The first `count` sequences of a file: (count, seq_len)."""
     rows = [row for row, _ in itertools.islice(sequences(shards(path), tokenizer, seq_len), count)]
@@ -95,7 +115,7 @@ def held_out(path, tokenizer, seq_len, count):
 
 def batches(path, tokenizer, batch_size, seq_len, seed, skip=0, position=None):
     """Batches (batch_size, seq_len) without end, the first `skip` sequences left out, shuffled in parts, anew in each epoch; each with the
-    position behind it (JSON), from which the rest comes again: where its part began, what was left over there, and the batches made since."""
+    position behind it (JSON), from which the rest comes again: where its part began, its number, what was left over there, and the batches made since."""
     start, files = position or {"place": None, "part": 0, "left": [], "made": 0}, shards(path)
     while True:
         seen, stream = bool(start["place"]), sequences(files, tokenizer, seq_len, start["place"])

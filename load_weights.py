@@ -211,6 +211,10 @@ def hub_errors(name):
             words = f"{constants.ENDPOINT} could not be used ({words}); check the network, HF_ENDPOINT and free space; whole files are kept, and the same command goes on"
         raise InputError(f"{name}: {words}") from None
 
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
 def hub_files(repo, revision, kind="model"):
     """What a revision of a hub repository is now, and {file name: (bytes, SHA-256 or None)} of it; without a network, as the cache knows it."""
     from huggingface_hub import HfApi, errors, get_cached_repo_tree, resolve_revision
@@ -238,10 +242,9 @@ def fetch(repo, pinned, files, kind="model"):
         with hub_errors(repo):
             directory = Path(snapshot_download(repo, repo_type=kind, revision=pinned, allow_patterns=[glob.escape(name) for name in group]))
         for path, sha in ((directory / name, files[name][1]) for name in group if name in new and files[name][1]):
-            with open(path, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != sha:
-                    path.resolve().unlink(), path.unlink(missing_ok=True)
-                    raise InputError(f"{repo}: {path.name} arrived damaged (its SHA-256 is not {sha[:12]}…) and was removed; run the same command again")
+            if sha256(path) != sha:
+                path.resolve().unlink(), path.unlink(missing_ok=True)
+                raise InputError(f"{repo}: {path.name} arrived damaged (its SHA-256 is not {sha[:12]}…) and was removed; run the same command again")
     return directory
 
 def find(name, plan=lambda directory, split: None):
@@ -469,30 +472,27 @@ def save(model, tokenizer, directory, tensors=None):
 
 def digests(directory):
     """SHA-256 of a checkpoint's tensors by file."""
-    found = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        with open(path, "rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    return {path.name: sha256(path) for path in sorted(directory.glob("*.safetensors"))}
 
 def is_sharded(p):
     """Is p a DTensor, spread over the processes by optim.shard?"""
     return hasattr(p, "device_mesh")
 
 def whole(p, x):
-    """Of a tensor that is sharded as parameter p is, all of it, on the CPU (every process has to ask); else x itself."""
+    """Of a tensor that is sharded as parameter p is, all of it, on the CPU of process 0 (every process has to ask); else x itself."""
     if not is_sharded(p) or x.dim() == 0:
         return x
     from torch.distributed.tensor import DTensor
-    return DTensor.from_local(x, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor().cpu()
+    full = DTensor.from_local(x, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor()
+    return full.cpu() if dist.get_rank() == 0 else None
 
 def save_checkpoint(model, tokenizer, target, keep, pairs, optimizer, dtype, facts):
     """Save as `target`, kind-000123, written beside and renamed; of the folder's older ones of the kind, the newest `keep` stay.
-    Beside the published layout: trainer.safetensors (masters, moments, random state) and trainer.json (`facts`)."""
-    if target.exists():
+    Beside the published layout: trainer.safetensors (masters, moments) and trainer.json (`facts`)."""
+    if target.exists():                       # the data ended in an error right behind a checkpoint
         return
     tensors = {name: whole(p, p.to_local().to(dtype)) if is_sharded(p) else p for name, p in model.state_dict().items()}
-    state = {"random": torch.get_rng_state()} | {f"{name}.master": whole(p, master.detach()) for name, (p, master) in pairs.items() if master is not p}
+    state = {f"{name}.master": whole(p, master.detach()) for name, (p, master) in pairs.items() if master is not p}
     state |= {f"{name}.{moment}": whole(p, x) for name, (p, master) in pairs.items() for moment, x in optimizer.state[master].items()}
     if dist.is_initialized() and dist.get_rank() > 0:
         return
@@ -526,17 +526,16 @@ def resumable(out, kind, flags):
         return path, facts
 
 def restore(path, pairs, optimizer):
-    """Put a checkpoint's masters, moments and random state back."""
+    """Put a checkpoint's masters and moments back."""
     state = load_file(path / "trainer.safetensors")
-    torch.set_rng_state(state.pop("random"))
     for name, (p, master) in pairs.items():
         found = {moment: state[f"{name}.{moment}"] for moment in ("master", "step", "exp_avg", "exp_avg_sq") if f"{name}.{moment}" in state}
         if is_sharded(p):
             from torch.distributed.tensor import distribute_tensor
             found = {key: distribute_tensor(x.to(master.device), p.device_mesh, p.placements).to_local() if x.dim() else x for key, x in found.items()}
-        if master is not p and "master" in found:
+        if "master" in found:
             master.data.copy_(found["master"])
-        optimizer.state[master] = {key: x.to(master.device) if x.dim() else x for key, x in found.items() if key != "master"}
+        optimizer.state[master] = {key: x.to(master.device) for key, x in found.items() if key != "master"}
 
 def open_log(path, step):
     """A run's log.jsonl, what was logged after `step` cut off, opened to go on."""

@@ -66,21 +66,22 @@ def update(pairs, optimizer, most):
     for p, master in pairs.values():
         if is_sharded(p):
             master.grad = p.grad.to_local()   # which FSDP has averaged
-    split = {kind: [master for p, master in pairs.values() if master.grad is not None and is_sharded(p) == kind] for kind in (True, False)}
-    average([master.grad for master in split[False]])
-    parts, whole = (nn.utils.get_total_norm([master.grad for master in split[kind]]) for kind in (True, False))
-    if split[True]:
-        dist.all_reduce(parts.square_())
-        whole = (parts + whole.square()).sqrt()
-    if torch.isfinite(whole):
-        nn.utils.clip_grads_with_norm_(split[True] + split[False], most, whole)
+    sharded, plain = ([master for p, master in pairs.values() if master.grad is not None and is_sharded(p) == kind] for kind in (True, False))
+    average([master.grad for master in plain])
+    norm = nn.utils.get_total_norm([master.grad for master in plain])
+    if sharded:
+        squares = nn.utils.get_total_norm([master.grad for master in sharded]).square()
+        dist.all_reduce(squares)
+        norm = (norm.square() + squares).sqrt()
+    if torch.isfinite(norm):
+        nn.utils.clip_grads_with_norm_(sharded + plain, most, norm)
         optimizer.step()
     with torch.no_grad():
         for p, master in pairs.values():
             if p is not master and not is_sharded(p):
                 p.copy_(master)
             p.grad = master.grad = None
-    return whole.item()
+    return norm.item()
 
 def checkpoint_activations(model):
     """Keep only each layer's input for the gradient, and make the rest again when it is needed."""
@@ -123,7 +124,7 @@ def learning_rate(step, steps, peak, warmup):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 def signals():
-    """Ctrl-C and SIGTERM are from now on added to the list that is returned; a second one ends the program at once."""
+    """Ctrl-C and SIGTERM are from now on added to the list that is returned, until the next call of `no_signals`; a second one ends the program at once."""
     asked = []
 
     def ask(number, frame):
@@ -132,3 +133,8 @@ def signals():
     signal.signal(signal.SIGINT, ask)
     signal.signal(signal.SIGTERM, ask)
     return asked
+
+def no_signals():
+    """Ctrl-C and SIGTERM end the program again."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

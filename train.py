@@ -9,7 +9,6 @@
 and checkpoints from which --resume goes on as if nothing had happened.
 """
 import argparse
-import concurrent.futures
 import itertools
 import json
 import math
@@ -28,7 +27,7 @@ import data
 import tiny
 from load_weights import PRESETS, add_model_flags, count, load, number, open_log, pick_device, pick_dtype, restore, resumable, run, save_checkpoint
 from loopus import InputError, require
-from optim import average, checkpoint_activations, fp32_masters, keep_freed_memory, learning_rate, meet, plan, shard, signals, update
+from optim import average, checkpoint_activations, fp32_masters, keep_freed_memory, learning_rate, meet, no_signals, plan, shard, signals, update
 
 BUDGETS = (1, 2, 4, 8)                        # loops at which the held-out loss is taken
 FINEWEB = "HuggingFaceFW/fineweb-edu/data/CC-MAIN-2025-26"     # the paper's text, shard by shard
@@ -163,8 +162,7 @@ def parse_args():
 def material(args, tokenizer, position):
     """Held-out (ids, targets), both (N, T), and a stream without end of such batches, each with the position that follows it."""
     if args.model == "tiny":
-        stream = itertools.islice(tiny.batches(args.batch_size, args.seed), position or 0, None)
-        return tiny.held_out(args.eval_sequences), zip(stream, itertools.count((position or 0) + 1))
+        return tiny.held_out(args.eval_sequences), itertools.islice(zip(tiny.batches(args.batch_size, args.seed), itertools.count(1)), position or 0, None)
     ids = data.held_out(args.eval_data or args.data, tokenizer, args.seq_len, args.eval_sequences)
     stream = data.batches(args.data, tokenizer, args.batch_size, args.seq_len, args.seed, 0 if args.eval_data else args.eval_sequences, position)
     return (ids, next_tokens(ids)), (((ids, next_tokens(ids)), position) for ids, position in stream)
@@ -179,11 +177,13 @@ def fit(args):
         meet()                                # process 0 looks first: it may set a broken checkpoint aside
     used = log_path.exists() or any(args.out.glob(f"{kind}-*"))
     resumed, facts = (args.resume or log_path.exists()) and resumable(args.out, kind, flags) or (None, START)
-    require(args.resume or not used or resumed and facts["step"] < args.steps,
-            f"--out {args.out}: holds a run already, {'finished (--resume goes past it)' if resumed else 'without a checkpoint (--resume starts it afresh)'}; choose another folder, or move it away")
+    other = "step" if args.control else "control"
+    require(not any(args.out.glob(f"{other}-*")), f"--out {args.out}: holds a run already, with{'out' * args.control} --control; choose another folder")
+    require(args.resume or not used or resumed and (facts["step"] < args.steps or args.model == "tiny"),
+            f"--out {args.out}: holds a run already, {'finished; choose another folder' if resumed else 'without log.jsonl or a whole checkpoint; move it away, or go on with --resume (afresh if no checkpoint is whole)'}")
     meet() if rank == 0 else None
     meet()                                    # and nobody writes before all have looked
-    device = pick_device(args.device if world == 1 or args.device != "auto" else f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu")
+    device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     torch.manual_seed(args.seed)
     choice = random.Random(args.seed)                 # the same supervised loops in every process
@@ -211,12 +211,9 @@ def fit(args):
         checkpoint_activations(model)
     held_out, stream = material(args, tokenizer, position)
     held_out = [x.to(device) for x in held_out]
-    def next_batch():                         # of `world` batches in turn, this process's own, and the position behind all of them
-        batches = list(itertools.islice(stream, world))
-        return batches[rank][0], batches[-1][1]
-    worker = concurrent.futures.ThreadPoolExecutor(1)                          # makes the next batch while this one is trained on
-    coming = worker.submit(next_batch)
-    coming.result()                           # data that cannot be read is found before anything is written
+    groups = iter(lambda: list(itertools.islice(stream, world)), [])             # of `world` batches in turn, a process trains on its own,
+    coming = data.ahead((group[rank][0], group[-1][1]) for group in groups)      # and the position is that behind all of them
+    coming = itertools.chain([next(coming)], coming)                             # data that cannot be read is found before anything is written
     log = open_log(log_path, first) if rank == 0 else open(os.devnull, "w")
 
     def report_held_out(step):
@@ -246,23 +243,24 @@ def fit(args):
         optimizer.param_groups[0]["lr"] = lr = learning_rate(step, args.steps, args.lr, args.warmup)
         try:
             for _ in range(args.accumulate):
-                (batch, position), coming = coming.result(), worker.submit(next_batch)
+                batch, position = next(coming)
                 ids, targets = (x.to(device) for x in batch)
                 if args.control:
                     records += control_step(model, ids, 1 / args.accumulate, targets)
                 else:
                     records += training_step(model, ids, args.loops, set(choice.sample(range(args.loops), args.supervised)), 1 / args.accumulate, targets)
-                seen += world * ids.numel()
+                seen += ids.numel()
+            means = torch.tensor([sum(r[name] for r in records) / len(records) for name in ("lm", "mono", "q")] + [len(asked), seen], device=device)
+            average([means])
+            norm = update(pairs, optimizer, args.clip)
         except InputError:                    # the data ended in an error, a lost network say: what was trained is kept
-            if world == 1 and step > first:
+            if not args.shard and step > first:
                 save_now(step, *at)
             raise
         except torch.OutOfMemoryError:
             raise InputError("out of memory: " + needed(model.config)) from None
-        means = torch.tensor([sum(r[name] for r in records) / len(records) for name in ("lm", "mono", "q")] + [len(asked)], dtype=torch.float64, device=device)
-        average([means])
-        (lm, mono, q, stop), tokens = means.tolist(), tokens + seen
-        norm = update(pairs, optimizer, args.clip)
+        lm, mono, q, stop, seen = means.tolist()
+        tokens += round(seen * world)
         bad, skipped = (0, skipped) if math.isfinite(norm) else (bad + 1, skipped + 1)
         spent += time.perf_counter() - before
         loss, speed, eta = lm + mono + q, tokens / spent, int((args.steps - step - 1) * spent / (step + 1))
@@ -275,15 +273,18 @@ def fit(args):
             report_held_out(step + 1)
         if due or stop:
             save_now(step + 1, position, choice.getstate())
-        if stop and step + 1 < args.steps:
+        if stop and (step + 1 < args.steps or args.model == "tiny"):
             print("stopped; the same command with --resume goes on from here")
             sys.exit(130)
+    no_signals()
     print(f"{tokens} tokens in {time.perf_counter() - started:.0f} s")
     return model
 
 def main():
     args = parse_args()
     if "WORLD_SIZE" in os.environ:            # started by torchrun
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))                 # which "cuda" means from here on
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")
