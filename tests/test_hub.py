@@ -115,10 +115,10 @@ def test_a_damaged_file_is_found_out_and_removed(hub, run, tmp_path):
     assert run("load_weights.py", "Qwen/Qwen3-1.7B").returncode == 0 and hub.fetched("model.safetensors") == 2
 
 
-def test_a_server_that_stalls_or_is_away_ends_in_a_line(hub, run):
+def test_a_server_that_stalls_or_is_away_ends_in_a_line(hub, run, tmp_path):
     hub.faults["model.safetensors"] = "stall"
     refused(run("load_weights.py", "Qwen/Qwen3-1.7B", HF_HUB_DOWNLOAD_TIMEOUT="1"), "could not be used", "the same command goes on")
-    refused(run("load_weights.py", "Qwen/Qwen3-1.7B", HF_ENDPOINT="http://127.0.0.1:9"), "could not be used", "HF_ENDPOINT")
+    refused(run("load_weights.py", "Qwen/Qwen3-1.7B", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "empty")), "could not be used", "HF_ENDPOINT")
 
 
 @pytest.mark.parametrize("name, words", [
