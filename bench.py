@@ -13,7 +13,6 @@ import copy
 import importlib.util
 import json
 import multiprocessing
-import os
 import random
 import resource
 import statistics
@@ -25,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from load_weights import ADDED, DTYPES, backbone_name, compile_decoding, load, number, pick_device, pick_dtype, run
+from load_weights import ADDED, DTYPES, backbone_name, compile_decoding, load, number, pick_device, pick_dtype, run, write_text
 from loopus import Cache, LoopUS, LoopUSConfig
 from optim import checkpoint_activations, fp32_masters, keep_freed_memory, update
 from train import training_step
@@ -317,9 +316,7 @@ def main():
     model = load(args.model, device=device, dtype=dtype)[0] if args.model else random_model(args.shape, dtype, device)
     found = decode(args, model, device)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = args.out.with_name(f".{args.out.name}.partial")
-    partial.write_text(json.dumps(found) + "\n")
-    os.replace(partial, args.out)
+    write_text(args.out, json.dumps(found) + "\n")
     print(f"wrote {args.out}")
 
 if __name__ == "__main__":

@@ -126,6 +126,12 @@ def read_json(path):
     require(isinstance(value, dict), f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
 
+def write_text(path, text):
+    """Write a text file beside and rename it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
 def read_config(path, split=None):
     """config.json of a backbone or of a LoopUS checkpoint -> LoopUSConfig. split: what the user asks for."""
     raw = read_json(path)
@@ -215,6 +221,7 @@ def sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
+@functools.lru_cache
 def hub_files(repo, revision, kind="model"):
     """What a revision of a hub repository is now, and {file name: (bytes, SHA-256 or None)} of it; without a network, as the cache knows it."""
     from huggingface_hub import HfApi, errors, get_cached_repo_tree, resolve_revision
@@ -542,9 +549,7 @@ def open_log(path, step):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step), encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, "".join(line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step))
         return open(path, "a", encoding="utf-8")
     except (OSError, ValueError) as error:
         raise InputError(f"--out {path.parent}: not usable ({error})") from None

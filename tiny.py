@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from safetensors.torch import save_file
 
-from load_weights import ADDED, backbone_name, load, number, read_json, run
+from load_weights import ADDED, backbone_name, load, number, read_json, run, write_text
 from loopus import LoopUS, LoopUSConfig, require
 
 ROWS, LANES, LETTERS = 13, 4, 8                          # a problem needs 0 to ROWS - 1 steps
@@ -115,8 +115,7 @@ def make_base(directory, layers):
               "accuracy": right(model, None)[0].tolist(), "seconds": round(time.perf_counter() - started)}
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in (("config.json", config), ("tokenizer.json", tokenizer), ("pretraining.json", record)):
-        (directory / f".{name}").write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(directory / f".{name}", directory / name)
+        write_text(directory / name, json.dumps(content, indent=1) + "\n")
     tensors = {backbone_name(name, model.config): p for name, p in model.state_dict().items() if not name.startswith(ADDED)}
     save_file(tensors, directory / ".model.safetensors", metadata={"format": "pt"})
     os.replace(directory / ".model.safetensors", directory / "model.safetensors")

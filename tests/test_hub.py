@@ -212,6 +212,25 @@ def test_a_published_loopus_checkpoint_from_nothing_to_text(hub, run):
     assert hub.fetched("model.safetensors") == 1 and not hub.fetched("combined_model.pt")
 
 
+def test_what_does_not_fit_is_said_with_what_would(monkeypatch, capsys):
+    """TinyLlama's shape beside 20 GB: what is needed by its parts, and each flag's effect, before anything is read."""
+    import argparse
+
+    import load_weights
+    import optim
+    from loopus import LoopUSConfig
+    args = argparse.Namespace(batch_size=4, seq_len=1024, checkpoint_activations=False, shard=False)
+    for free, words in ((20e9, True), (200e9, False)):
+        monkeypatch.setattr(load_weights, "free_memory", lambda device: free)
+        optim.plan(args, LoopUSConfig(num_key_value_heads=4), torch.bfloat16, torch.device("cpu"), 1, 3 * 2**24)
+        said = capsys.readouterr().err
+        needs = optim.training_needs(LoopUSConfig(num_key_value_heads=4), torch.bfloat16, 4096, 3 * 2**24)
+        assert f"needs about {sum(needs.values()) / 1e9:.1f} GB" in said and f"{free / 1e9:.1f} GB are free" in said
+        assert all((word in said) == words for word in ("will not fit", "--batch-size 4", "--checkpoint-activations", "--shard"))
+    every, frozen = load_weights.count(LoopUSConfig(num_key_value_heads=4))
+    assert needs["weights"] == 2 * every and needs["masters, gradients and moments"] == 16 * (every - frozen) and 1.0e9 < every < 1.2e9
+
+
 def test_the_list_of_presets():
     done = script("load_weights.py", "--list")
     names = ["tinyllama", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "smollm2-135m", "tinyllama-loopus", "qwen3-1.7b-loopus", "qwen3-1.7b-loopus-sft", "qwen3-4b-loopus", "qwen3-8b-loopus"]
