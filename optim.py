@@ -2,6 +2,7 @@
 import ctypes
 import functools
 import math
+import os
 import signal
 import sys
 
@@ -49,6 +50,21 @@ def shard(model, dtype, device):
     for module in (model.encoder.embed_tokens, *model.encoder.layers, *model.reasoning.layers, *model.decoder.layers, model.decoder.lm_head):
         fully_shard(module.float(), mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     model.to(device)
+
+def join():
+    """Become one of the processes that torchrun started."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))                     # which "cuda" means from here on
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+def leave(code):
+    """End the program with this exit code. One of several processes ends at once: a thread of gloo that lets go of its last tensor while
+    the interpreter is being taken down aborts the program, and FSDP keeps those threads beyond destroy_process_group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 def meet():
     """Wait until all processes are here."""

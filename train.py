@@ -27,7 +27,7 @@ import data
 import tiny
 from load_weights import PRESETS, add_model_flags, count, load, number, open_log, pick_device, pick_dtype, restore, resumable, run, save_checkpoint
 from loopus import InputError, require
-from optim import average, checkpoint_activations, fp32_masters, keep_freed_memory, learning_rate, meet, no_signals, plan, shard, signals, update
+from optim import average, checkpoint_activations, fp32_masters, join, keep_freed_memory, learning_rate, leave, meet, no_signals, plan, shard, signals, update
 
 BUDGETS = (1, 2, 4, 8)                        # loops at which the held-out loss is taken
 FINEWEB = "HuggingFaceFW/fineweb-edu/data/CC-MAIN-2025-26"     # the paper's text, shard by shard
@@ -275,7 +275,7 @@ def fit(args):
             save_now(step + 1, position, choice.getstate())
         if stop and (step + 1 < args.steps or args.model == "tiny"):
             print("stopped; the same command with --resume goes on from here")
-            sys.exit(130)
+            leave(130)
     no_signals()
     print(f"{tokens} tokens in {time.perf_counter() - started:.0f} s")
     return model
@@ -283,9 +283,7 @@ def fit(args):
 def main():
     args = parse_args()
     if "WORLD_SIZE" in os.environ:            # started by torchrun
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))                 # which "cuda" means from here on
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        join()
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")
     model = fit(args)
@@ -293,8 +291,7 @@ def main():
         out, alone = args.out, args.control
         args.control, args.out = True, args.out / "control"
         tiny.report(None if alone else model, model if alone else fit(args), out)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave(0)
 
 if __name__ == "__main__":
     run(main)
