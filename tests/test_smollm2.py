@@ -34,11 +34,12 @@ def test_the_open_gate_starts_within_two_percent_of_the_pretrained_loss(loaded):
     assert 2.5 < pretrained < 3.5 and looped < 1.02 * pretrained and shut > 1.3 * pretrained
 
 
-def test_greedy_text_with_and_without_cache_is_the_same(loaded):
+@pytest.mark.parametrize("count", [32, pytest.param(256, marks=pytest.mark.slow)])
+def test_greedy_text_with_and_without_cache_is_the_same(loaded, count):
     model, tokenizer = loaded
     model.reasoning.gate.reset_parameters("open")
     ids = torch.tensor([tokenizer.encode("The capital of France is")])
-    tokens = [[s.tokens.item() for s in model.generate(ids, 256, budget=2, halt="none", temperature=0, use_cache=cache)] for cache in (True, False)]
+    tokens = [[s.tokens.item() for s in model.generate(ids, count, budget=2, halt="none", temperature=0, use_cache=cache)] for cache in (True, False)]
     assert tokens[0] == tokens[1] and "Paris" in tokenizer.decode([s.tokens.item() for s in model.generate(ids, 8, budget=1, halt="none", temperature=0)])
 
 
