@@ -528,7 +528,7 @@ def save_checkpoint(model, tokenizer, target, keep, pairs, optimizer, dtype, fac
         (partial / "trainer.json").write_text(json.dumps(facts | {"digests": digests(partial)}) + "\n")
         os.replace(partial, target)
         for old in sorted(out.glob(f"{kind}-*"))[:-keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")))      # so that none is ever half there
     except (OSError, SafetensorError) as error:
         raise InputError(f"{target}: could not be written ({error}); free space, then --resume goes on from the newest checkpoint in {out}") from None
     finally:

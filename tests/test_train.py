@@ -267,6 +267,29 @@ def test_a_killed_run_goes_on_bit_for_bit(trained, backbone, corpus, tmp_path, n
     assert same() and not [path for path in (tmp_path / "run").iterdir() if "partial" in path.name]
 
 
+@pytest.mark.slow
+def test_a_run_that_is_killed_at_every_point_of_a_save_goes_on_bit_for_bit(trained, backbone, corpus, tmp_path):
+    """kill -9 before the 1st, 2nd, 3rd … file that is opened to be written, renamed or removed in the run's folder, the same
+    command each time, until one run gets by."""
+    out, _ = trained
+    code = ("import os, runpy, sys; out, left, sys.argv = sys.argv[1], [int(sys.argv[2])], sys.argv[3:]; sys.path.insert(0, sys.argv[0].rsplit('/', 1)[0])\n"
+            "def hook(event, args):\n"
+            "    if (event in ('os.rename', 'os.remove', 'os.rmdir', 'os.mkdir') or event == 'open' and args[1] in ('w', 'wb', 'a')) and out in str(args[0]):\n"
+            "        left[0] -= 1\n"
+            "        if left[0] == 0: print(event, *args, flush=True); os.kill(os.getpid(), 9)\n"
+            "sys.addaudithook(hook); runpy.run_path(sys.argv[0], run_name='__main__')")
+    points, whole = {"step-000002": [], "step-000004": []}, False
+    for step, killed in points.items():       # from the start up to the first checkpoint, then from that one
+        while not whole and not (step == "step-000002" and (tmp_path / "run" / step).exists()):
+            done = subprocess.run([sys.executable, "-c", code, str(tmp_path), str(len(killed) + 1), str(ROOT / "train.py"), *map(str, ["--model", backbone, "--data", corpus, "--out", tmp_path / "run", *RECIPE, "--dtype", "float32", "--keep", 1, "--resume"])],
+                                  capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+            whole = done.returncode == 0
+            assert whole or done.returncode == -9, done.stderr
+            killed.append(done.stdout.splitlines()[-1])
+        assert sum(f".{step}.partial" in point for point in killed) > 12, killed
+    assert equal(state_of(out / "a"), state_of(tmp_path / "run")) and losses(out / "a") == losses(tmp_path / "run")
+
+
 def test_a_broken_checkpoint_is_set_aside_and_the_one_before_is_taken(trained, backbone, corpus, tmp_path):
     out, _ = trained
     shutil.copytree(out / "a", tmp_path / "run")
