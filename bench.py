@@ -26,7 +26,7 @@ from torch import nn
 
 from load_weights import ADDED, DTYPES, backbone_name, compile_decoding, load, number, pick_device, pick_dtype, run, write_text
 from loopus import Cache, LoopUS, LoopUSConfig
-from optim import checkpoint_activations, fp32_masters, keep_freed_memory, update
+from optim import checkpoint_activations, compile_layers, fp32_masters, keep_freed_memory, update
 from train import training_step
 
 SHAPES = {"smollm2-135m": dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
@@ -216,7 +216,7 @@ def authors_step(model, peer, ids, loops, supervised):
         ((lm + F.silu(lm - before) + F.binary_cross_entropy_with_logits(q, share)) / len(supervised)).backward()
         h = h.detach()
 
-OURS, LESS, THEIRS = "LoopUS", "LoopUS --checkpoint-activations", "the authors' recipe"
+THEIRS = "the authors' recipe"
 
 def contender(name, args, pipe):
     """One way to train, in a process of its own: makes a step for each (ids, supervised loops) it is sent; for None, says its peak memory."""
@@ -233,7 +233,9 @@ def contender(name, args, pipe):
         step = lambda model, *rest: authors_step(model, peer, *rest)
     else:
         pairs = fp32_masters(model, dtype)
-    if name == LESS:
+    if "--compile" in name:
+        compile_layers(model)
+    if "--checkpoint-activations" in name:
         checkpoint_activations(model)
     if name != THEIRS and device.type == "cpu":
         keep_freed_memory()
@@ -245,10 +247,11 @@ def contender(name, args, pipe):
 
 def train(args, device, dtype):
     """Steps of the contenders on the same batches and supervised loops, in turns; FLOPs counted as 2 a weight and token forward, 6 with backward."""
-    spawn, pipes = multiprocessing.get_context("spawn"), {}
-    for name in [THEIRS] * bool(importlib.util.find_spec("transformers")) + [OURS, LESS]:
+    spawn, pipes, ours = multiprocessing.get_context("spawn"), {}, "LoopUS" + " --compile" * args.compile
+    for name in [THEIRS] * bool(importlib.util.find_spec("transformers")) + [ours, f"{ours} --checkpoint-activations"]:
         pipes[name], theirs = spawn.Pipe()
         spawn.Process(target=contender, args=(name, args, theirs), daemon=True).start()
+        theirs.close()                        # so that a contender that dies ends the wait for it
     with torch.device("meta"):
         model = LoopUS(LoopUSConfig(**SHAPES[args.shape]))
     E, M, D = (sum(m.weight.numel() for m in part.modules() if isinstance(m, nn.Linear)) for part in (model.encoder, model.reasoning, model.decoder))
@@ -272,9 +275,9 @@ def train(args, device, dtype):
         pipe.send(None)
         peaks[name] = pipe.recv()
         against = f"   {taken[THEIRS] / taken[name]:.2f}x and {peaks[name] / peaks[THEIRS]:.2f}x" if THEIRS in peaks else ""
-        print(f"  {name:32} {tokens / taken[name]:9.1f} tokens/s   peak memory {peaks[name] / 1e9:6.2f} GB{against}")
-    done = statistics.mean(flops[1:]) / taken[OURS]
-    print(f"  LoopUS computes {done / 1e12:.3f} TFLOP/s, {done / rate:.1%} of the {rate / 1e12:.3f} of products of {len(a)} x {len(a)}")
+        print(f"  {name:42} {tokens / taken[name]:9.1f} tokens/s   peak memory {peaks[name] / 1e9:6.2f} GB{against}")
+    done = statistics.mean(flops[1:]) / taken[ours]
+    print(f"  {ours} computes {done / 1e12:.3f} TFLOP/s, {done / rate:.1%} of the {rate / 1e12:.3f} of products of {len(a)} x {len(a)}")
 
 def peak_memory(device):
     """Most bytes that this process has held: on a GPU there, else resident."""
@@ -296,7 +299,7 @@ def main():
     parser.add_argument("--rounds", type=number(int, 2), default=15, help="turns of each contender (of train: steps)")
     parser.add_argument("--contexts", type=number(int, 2), nargs="+", default=[4, 32, 64, 256, 512, 1024], help="tokens before the timed one")
     parser.add_argument("--batches", type=number(int, 1), nargs="+", default=[1, 8, 32], help="rows")
-    parser.add_argument("--compile", action="store_true", help="a compiled contender too")
+    parser.add_argument("--compile", action="store_true", help="a compiled contender too; of train: ours compiled")
     parser.add_argument("--loops", type=number(int, 1), default=20, help="of train")
     parser.add_argument("--supervised", type=number(int, 1), default=5, help="of train")
     parser.add_argument("--batch-size", type=number(int, 1), default=4, help="of train")

@@ -99,6 +99,13 @@ def update(pairs, optimizer, most):
             p.grad = master.grad = None
     return norm.item()
 
+def compile_layers(model):
+    """Compile the trained layers. Of what a layer keeps for the gradient the compiler may keep half and makes the rest again, the cheapest first: no slower."""
+    import torch._functorch.config
+    torch._functorch.config.activation_memory_budget = 0.5
+    for layer in (*model.reasoning.layers, *model.decoder.layers):
+        layer.compile()
+
 def checkpoint_activations(model):
     """Keep only each layer's input for the gradient, and make the rest again when it is needed."""
     for layer in (*model.reasoning.layers, *model.decoder.layers):

@@ -27,7 +27,7 @@ import data
 import tiny
 from load_weights import PRESETS, add_model_flags, count, load, number, open_log, pick_device, pick_dtype, restore, resumable, run, save_checkpoint
 from loopus import InputError, require
-from optim import average, checkpoint_activations, fp32_masters, join, keep_freed_memory, learning_rate, leave, meet, no_signals, plan, shard, signals, update
+from optim import average, checkpoint_activations, compile_layers, fp32_masters, join, keep_freed_memory, learning_rate, leave, meet, no_signals, plan, shard, signals, update
 
 BUDGETS = (1, 2, 4, 8)                        # loops at which the held-out loss is taken
 FINEWEB = "HuggingFaceFW/fineweb-edu/data/CC-MAIN-2025-26"     # the paper's text, shard by shard
@@ -139,7 +139,7 @@ def parse_args():
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out, or start afresh if there is none (the same command alone goes on with a run that was stopped)")
     parser.add_argument("--checkpoint-activations", action="store_true", help="keep only each layer's input for the gradient and make the rest again: less memory, a third more work in supervised loops")
     parser.add_argument("--shard", action="store_true", help="with torchrun: spread the model over the GPUs, where one is too small for it")
-    parser.add_argument("--compile", action="store_true", help="compile the layers: faster after a minute or more")
+    parser.add_argument("--compile", action="store_true", help="compile the layers: faster after a minute or more, and less memory")
     parser.add_argument("--keep", type=number(int, 1), default=2, help="newest checkpoints kept")
     if parser.parse_known_args()[0].model == "tiny":
         parser.set_defaults(**tiny.RECIPE)
@@ -205,8 +205,8 @@ def fit(args):
         choice.setstate((facts["choice"][0], tuple(facts["choice"][1]), facts["choice"][2]))
         print(f"going on from {resumed}")
     first, tokens, spent, skipped, position = (facts[name] for name in ("step", "tokens", "spent", "skipped", "data"))
-    for layer in (*model.reasoning.layers, *model.decoder.layers) if args.compile else ():
-        layer.compile()
+    if args.compile:
+        compile_layers(model)
     if args.checkpoint_activations:
         checkpoint_activations(model)
     held_out, stream = material(args, tokenizer, position)
