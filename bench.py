@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from load_weights import ADDED, DTYPES, backbone_name, compile_decoding, load, number, pick_device, pick_dtype, run, write_text
-from loopus import Cache, LoopUS, LoopUSConfig
+from loopus import Cache, InputError, LoopUS, LoopUSConfig
 from optim import checkpoint_activations, compile_layers, fp32_masters, keep_freed_memory, update
 from train import training_step
 
@@ -309,13 +309,17 @@ def main():
     parser.add_argument("--dtype", choices=["auto", *DTYPES], default="float32")
     parser.add_argument("--out", type=Path, default=Path("out/bench.json"), help="the numbers, for visualize.py --bench")
     args = parser.parse_args()
+    if args.what == "train" and (args.model or args.supervised > args.loops):
+        parser.error("train takes random weights of a --shape, no --model, and no more --supervised than --loops")
     torch.set_num_threads(args.threads or torch.get_num_threads())
     torch.manual_seed(0)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     if args.what == "train":
-        train(args, device, dtype)
-        return
+        try:
+            return train(args, device, dtype)
+        except (EOFError, BrokenPipeError):
+            raise InputError("a contender ended early; what it said stands above") from None
     model = load(args.model, device=device, dtype=dtype)[0] if args.model else random_model(args.shape, dtype, device)
     found = decode(args, model, device)
     args.out.parent.mkdir(parents=True, exist_ok=True)

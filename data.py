@@ -27,7 +27,7 @@ def shards(source):
     org/name/folder), fetched when their turn comes. Of a data set, files that are named after a test or validation split are left out."""
     path = Path(source)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.name.endswith(KINDS))
+        files = sorted(file for file in path.rglob("*") if file.name.endswith(KINDS) and file.is_file())
         require(files, f"{path}: no {', '.join(KINDS)} file in this folder")
         return {str(file): lambda file=file: file for file in files}
     if path.exists() or path.name.endswith(KINDS) or not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?", str(source)):

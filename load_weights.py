@@ -128,11 +128,17 @@ def read_json(path):
     require(isinstance(value, dict), f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
 
-def write_text(path, text):
-    """Write a text file beside and rename it."""
+def place(path, write):
+    """Have `write` make a file beside `path`, and rename it: none is ever half written."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+def write_text(path, text):
+    place(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 def read_config(path, split=None):
     """config.json of a backbone or of a LoopUS checkpoint -> LoopUSConfig. split: what the user asks for."""
@@ -195,8 +201,6 @@ def hub_errors(name):
     from huggingface_hub import constants, errors
     try:
         yield
-    except InputError:
-        raise
     except Exception as error:
         chain, status = [error], getattr(getattr(error, "response", None), "status_code", None)
         while chain[-1].__cause__:
@@ -348,10 +352,8 @@ def stored(path, name):
 def read_tensor(path, name, shape, device, dtype):
     """One tensor, checked. In parts, the file opened anew for each, so that at no time much of it is mapped beside the copy."""
     found, kind = stored(path, name)
-    if found != list(shape):
-        raise InputError(f"{path}: tensor {name} has shape {found}, the config asks for {list(shape)}")
-    if kind not in STORED.values():
-        raise InputError(f"{path}: tensor {name} is {kind}; expected F32, F16 or BF16")
+    require(found == list(shape), f"{path}: tensor {name} has shape {found}, the config asks for {list(shape)}")
+    require(kind in STORED.values(), f"{path}: tensor {name} is {kind}; expected F32, F16 or BF16")
     tensor = torch.empty(shape, device=device, dtype=dtype)
     rows = max(1, 2**22 // tensor[0].numel())
     for i in range(0, len(tensor), rows):
@@ -386,10 +388,8 @@ def load_model(directory, split=None, device=None, dtype=None):
         tensor = read_tensor(path, key, shapes[name], device or "cpu", torch.float32 if name.startswith(ADDED) else dtype)
         model.load_state_dict({name: tensor}, strict=False, assign=True)
     if not config.from_checkpoint:
-        for module in (model.reasoning.gate, model.q_head):
-            module.to_empty(device=device or "cpu")
         for module in (model.reasoning.gate, *model.q_head):
-            module.reset_parameters()
+            module.to_empty(device=device or "cpu").reset_parameters()
         config.base_model = str(directory)
     return model.eval()
 
@@ -401,11 +401,12 @@ def load(name, *, split=None, device=None, dtype=None, plan=None):
     are fetched or read. Raises InputError.
     """
     directory, known = find(name, lambda directory, known: plan and plan(read_config(directory / "config.json", split or known)))
-    if split is None and known is None and not is_recast(directory):
-        print(f"{name}: no split is known for this model; 1 encoder and 1 decoder layer (--split E,D sets it)", file=sys.stderr)
     model = load_model(directory, split or known, device, dtype)
-    if not model.config.from_checkpoint and not Path(name).is_dir():
-        model.config.base_model = name if EMBEDDED in directory.parents else PRESETS.get(name, (name,))[0]   # not this machine's path
+    if not model.config.from_checkpoint:
+        if split is None and known is None:
+            print(f"{name}: no split is known for this model; 1 encoder and 1 decoder layer (--split E,D sets it)", file=sys.stderr)
+        if name in PRESETS or not Path(name).is_dir():
+            model.config.base_model = name if EMBEDDED in directory.parents else PRESETS.get(name, (name,))[0]   # not this machine's path
     if not (directory / "tokenizer.json").exists():
         return model, None
     tokenizer, size = Tokenizer(directory), model.config.vocab_size
@@ -459,10 +460,6 @@ def announce(what, needs, device, advice):
         print(f"{what} needs about {total / 1e9:.1f} GB ({', '.join(f'{part} {size / 1e9:.1f}' for part, size in needs.items())}); on {device} "
               f"{'an unknown amount is' if free == float('inf') else f'{free / 1e9:.1f} GB are'} free" + f". That will not fit: {advice}" * (total > free), file=sys.stderr, flush=True)
 
-def is_recast(directory):
-    """Does the directory hold a LoopUS checkpoint (rather than a plain backbone)?"""
-    return read_json(Path(directory) / "config.json").get("model_type") == "lds"
-
 def save(model, tokenizer, directory, tensors=None):
     """Write the published layout: model.safetensors (tensors in the dtype they have), config.json, the tokenizer's files.
 
@@ -470,26 +467,15 @@ def save(model, tokenizer, directory, tensors=None):
     new directory and rename that, as train.py does. tensors: instead of the model's own. Raises InputError.
     """
     directory = Path(directory)
-    written = []
-
-    def place(name, write):
-        partial = directory / f".{name}.partial"
-        written.append(partial)
-        write(partial)
-        os.replace(partial, directory / name)
-
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        place("config.json", lambda path: path.write_text(json.dumps(published_config(model), indent=2) + "\n"))
+        write_text(directory / "config.json", json.dumps(published_config(model), indent=2) + "\n")
         for name, content in (tokenizer.files if tokenizer else {}).items():
-            place(name, lambda path: path.write_bytes(content))
+            place(directory / name, lambda path: path.write_bytes(content))
         state = {name: tensor.contiguous() for name, tensor in (tensors or model.state_dict()).items()}
-        place("model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
+        place(directory / "model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
     except (OSError, SafetensorError) as error:
         raise InputError(f"{directory}: could not be written ({error}); free space or choose another directory") from None
-    finally:
-        for partial in written:
-            partial.unlink(missing_ok=True)
 
 # ---- checkpoints of a run: the published layout, and beside it what training needs to go on ---------------------------
 

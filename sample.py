@@ -70,13 +70,11 @@ def parse_args():
     parser.add_argument("--max-new-tokens", type=number(int, 1), default=64)
     parser.add_argument("--temperature", type=number(float, 0), default=0.8, help="0: always the most likely token")
     parser.add_argument("--top-k", type=number(int, 1))
-    parser.add_argument("--top-p", type=number(float, 0, 1))
+    parser.add_argument("--top-p", type=number(float, 1e-9, 1))
     parser.add_argument("--compare", nargs="?", const="", metavar="BASE", help="also the pretrained model's continuation (default: the backbone that the checkpoint names)")
     args = parser.parse_args()
     if args.threshold is not None and args.halt in ("confidence", "cdf") and args.threshold > 1:
         parser.error(f"--threshold {args.threshold}: expected 0 to 1 with --halt {args.halt}")
-    if args.top_p == 0:
-        parser.error("--top-p 0: expected more than 0, at most 1")
     return args
 
 def main():
@@ -90,8 +88,7 @@ def main():
         announce("sampling", {"weights": count(config)[0] * dtype.itemsize, "cache": slots * Cache.bytes_per_token(config, depths, dtype)}, device,
                  "try --dtype bfloat16, --kv shared, a smaller --budget, --max-new-tokens or --window, or another --device")
     model, tokenizer = load(str(args.model), split=args.split, device=device, dtype=dtype, plan=plan)
-    if tokenizer is None:
-        raise InputError(f"--model {args.model}: no tokenizer.json in it, which text needs")
+    require(tokenizer, f"--model {args.model}: no tokenizer.json in it, which text needs")
     if not model.config.from_checkpoint:
         print(f"warning: {args.model} is a plain backbone; its gate and head are untrained, so expect no sense from it", file=sys.stderr)
     default = {"confidence": model.config.exit_threshold, "cdf": model.config.exit_threshold, "convergence": 10.0}.get(args.halt, 0.01)
@@ -103,8 +100,7 @@ def main():
         return
     args.prompt = "The capital of France is" if args.prompt is None else args.prompt
     prompt = tokenizer.encode(args.prompt, bos=tokenizer.add_bos)
-    if not prompt:
-        raise InputError("--prompt: empty, and this tokenizer puts no token in front of a text; give at least one character")
+    require(prompt, "--prompt: empty, and this tokenizer puts no token in front of a text; give at least one character")
     if len(prompt) + args.max_new_tokens > (window := args.window or model.config.max_position_embeddings):
         print(f"note: {len(prompt)} + {args.max_new_tokens} tokens, so the window slides: each attends to the last {window}", file=sys.stderr)
     source = args.compare or model.config.base_model

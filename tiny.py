@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from safetensors.torch import save_file
 
-from load_weights import ADDED, backbone_name, load, number, read_json, run, write_text
+from load_weights import ADDED, backbone_name, load, place, read_json, run, write_text
 from loopus import LoopUS, LoopUSConfig, require
 
 ROWS, LANES, LETTERS = 13, 4, 8                          # a problem needs 0 to ROWS - 1 steps
@@ -70,12 +70,12 @@ def held_out(count):
 
 # ---- the base --------------------------------------------------------------------------------------------------------
 
-def pretrain(model, batches, steps, peak, stop=None):
-    """Plain next-token training of the whole backbone on `steps` batches: warm-up, then one cosine to a twentieth. -> losses up to `stop`"""
+def pretrain(model, batches, steps, peak):
+    """Plain next-token training of the whole backbone on `steps` batches, or as many as there are: warm-up, then one cosine to a twentieth. -> losses"""
     parameters = [p for name, p in model.named_parameters() if not name.startswith(ADDED)]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
     started, losses = time.perf_counter(), []
-    for step, (ids, targets) in zip(range(1, (stop or steps) + 1), batches):
+    for step, (ids, targets) in zip(range(1, steps + 1), batches):
         optimizer.param_groups[0]["lr"] = peak * min(1, step / 200) * (0.525 + 0.475 * math.cos(math.pi * step / steps))
         loss = F.cross_entropy(model.forward_pretrained(ids).flatten(0, 1), targets.flatten())
         loss.backward()
@@ -88,23 +88,22 @@ def pretrain(model, batches, steps, peak, stop=None):
             print(f"{step:6d} {sum(losses[-500:]) / 500:6.3f}  {percent(right(model, None)[0])}  {spent:5.0f} s, {spent / step * (steps - step):4.0f} s to go", flush=True)
     return losses
 
-def fresh(config, seed=0):
+def fresh():
     """A backbone with random weights, and the batches of its two stages: short strips; then whole ones, more of them easy."""
-    torch.manual_seed(seed)
-    model = LoopUS(LoopUSConfig(**{name: value for name, value in config.items() if name in LoopUSConfig.__dataclass_fields__}))
+    torch.manual_seed(0)
+    model = LoopUS(LoopUSConfig(**{name: value for name, value in CONFIG.items() if name in LoopUSConfig.__dataclass_fields__}))
     for name, p in model.named_parameters():
         if p.dim() == 2 and not name.startswith(ADDED):
             nn.init.normal_(p, std=(0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1) * CONFIG["hidden_size"] ** -0.5)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     short = (problems(torch.randint(9, (64,), generator=generator), LANES, generator, rows=9) for _ in itertools.count())
     whole = (problems(torch.randint(ROWS, (2, 64), generator=generator).amin(0), LANES, generator) for _ in itertools.count())
     return model, short, whole
 
-def make_base(directory, layers):
+def make_base(directory):
     """Pretrain the base and write it as a Hugging Face directory, with what `check` compares."""
     started = time.perf_counter()
-    config = CONFIG | {"num_hidden_layers": layers}
-    model, short, whole = fresh(config)
+    model, short, whole = fresh()
     print("  step   loss  accuracy (%) by steps needed, 0 to 12")
     first, second = pretrain(model, short, STAGE, 4e-3), pretrain(model, whole, STAGE, 3e-3)
     vocab = {symbol: id for id, symbol in enumerate(SYMBOLS)}
@@ -114,21 +113,20 @@ def make_base(directory, layers):
     record = {"first_losses": [round(loss, 4) for loss in first[:CHECKED]], "last_losses": [sum(x[-500:]) / 500 for x in (first, second)],
               "accuracy": right(model, None)[0].tolist(), "seconds": round(time.perf_counter() - started)}
     directory.mkdir(parents=True, exist_ok=True)
-    for name, content in (("config.json", config), ("tokenizer.json", tokenizer), ("pretraining.json", record)):
+    for name, content in (("config.json", CONFIG), ("tokenizer.json", tokenizer), ("pretraining.json", record)):
         write_text(directory / name, json.dumps(content, indent=1) + "\n")
     tensors = {backbone_name(name, model.config): p for name, p in model.state_dict().items() if not name.startswith(ADDED)}
-    save_file(tensors, directory / ".model.safetensors", metadata={"format": "pt"})
-    os.replace(directory / ".model.safetensors", directory / "model.safetensors")
+    place(directory / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     print(f"wrote {directory}: {sum(p.numel() for p in tensors.values())} parameters, {time.perf_counter() - started:.0f} s")
 
 def check(directory):
     """Does the shipped base come from this code? Its first losses and its accuracy again; InputError if they differ."""
     record = read_json(directory / "pretraining.json")
-    model, short, _ = fresh(CONFIG)
+    model, short, _ = fresh()
     shipped, tokenizer = load(str(directory), split=(1, 1))
     require(tokenizer.encode(SYMBOLS) == [*range(len(SYMBOLS))], f"{directory}: its tokenizer does not number {SYMBOLS} in this order")
     require({n: p.shape for n, p in model.state_dict().items()} == {n: p.shape for n, p in shipped.state_dict().items()}, f"{directory}: other shapes than this code makes")
-    losses = torch.tensor(pretrain(model, short, STAGE, 4e-3, stop=CHECKED))
+    losses = torch.tensor(pretrain(model, itertools.islice(short, CHECKED), STAGE, 4e-3))
     apart = (losses / torch.tensor(record["first_losses"]) - 1).abs().max().item()
     again, written = right(shipped, None)[0], torch.tensor(record["accuracy"])
     print(f"first {CHECKED} losses {losses[0]:.4f} to {losses[-1]:.4f}, at most {apart:.2%} from the record; accuracy by steps needed now and then:\n  {percent(again)}\n  {percent(written)}")
@@ -172,24 +170,20 @@ def hard(shares):
     return {name: share[fails].mean().item() for name, share in shares.items()}
 
 def report(looped, control, directory):
-    """Print what base, control and the looped model (or None) make of each number of steps; write it as directory/accuracy.json."""
-    shares, loops, correlation = {"base": right(load("tiny")[0], None)[0], "control": right(control, None)[0]}, None, None
-    if looped:
-        shares |= {str(budget): right(looped, budget)[0] for budget in BUDGETS}
-        shares["exit"], loops, correlation = right(looped, 8, looped.config.exit_threshold)
+    """Print what base, control and the looped model make of each number of steps; write it as directory/accuracy.json."""
+    shares = {"base": right(load("tiny")[0], None)[0], "control": right(control, None)[0]} | {str(budget): right(looped, budget)[0] for budget in BUDGETS}
+    shares["exit"], loops, correlation = right(looped, 8, looped.config.exit_threshold)
     means = hard(shares)
     print(f"\nproblems with all four answers right (%), by steps needed; hard: the {sum(shares['base'] < 0.6)} that the base solves less than 60 % of")
     print("               " + " ".join(f"{steps:4d}" for steps in range(ROWS)) + "   mean  hard")
     for name, share in shares.items():
         label = f"{name} loop{'s' * (name != '1')}" if name.isdigit() else f"exit, q >= {looped.config.exit_threshold}" if name == "exit" else name
         print(f"{label:15}" + percent(share) + f"  {share.mean() * 100:5.1f} {means[name] * 100:5.1f}")
-    if looped:
-        print("  its loops    " + " ".join(f"{n:4.1f}" for n in loops) + f"  {loops.mean():5.2f}        rank correlation with the steps needed {correlation:.2f}")
+    print("  its loops    " + " ".join(f"{n:4.1f}" for n in loops) + f"  {loops.mean():5.2f}        rank correlation with the steps needed {correlation:.2f}")
     found = {name: [round(x, 4) for x in share.tolist()] for name, share in shares.items()}
-    found |= {"loops": [round(x, 2) for x in loops.tolist()], "rank_correlation": round(correlation, 3)} if looped else {}
-    partial = directory / f".accuracy-{os.getpid()}.json"     # every process of torchrun writes the same
-    partial.write_text(json.dumps(found) + "\n")
-    os.replace(partial, directory / "accuracy.json")
+    found |= {"loops": [round(x, 2) for x in loops.tolist()], "rank_correlation": round(correlation, 3)}
+    if int(os.environ.get("RANK", 0)) == 0:                   # every process of torchrun finds the same
+        write_text(directory / "accuracy.json", json.dumps(found) + "\n")
 
 def answers(model, strip, budget, **options):
     """Greedy answers to the four questions after a strip (T,), one `generate` each: -> text, loops of each"""
@@ -221,9 +215,8 @@ def main():
     parser = argparse.ArgumentParser(description="Pretrain the tiny base (assets/tiny/base), or check the one that is shipped.")
     parser.add_argument("--check", action="store_true", help="train for a moment and compare with the shipped base")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "assets" / "tiny" / "base", help="folder of the base")
-    parser.add_argument("--layers", type=number(int, 3), default=CONFIG["num_hidden_layers"], help="of the base")
     args = parser.parse_args()
-    check(args.out) if args.check else make_base(args.out, args.layers)
+    check(args.out) if args.check else make_base(args.out)
 
 if __name__ == "__main__":
     run(main)

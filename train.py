@@ -98,17 +98,17 @@ def plain_loss(model, h, targets):
     return next_token_loss(model, model.pretrained_loop(h), targets)[0].mean()
 
 @torch.no_grad()
-def evaluate(model, held_out, batch_size, plain):
-    """Held-out loss of (ids, targets), both (N, T): `plain`, the backbone's one ungated pass; else at each of BUDGETS."""
-    sums = dict.fromkeys(["plain"] if plain else map(str, BUDGETS), 0.0)
+def evaluate(model, held_out, batch_size, plain, budgets=BUDGETS):
+    """Held-out loss of (ids, targets), both (N, T): `plain`, the backbone's one ungated pass; else at each of the budgets."""
+    sums = dict.fromkeys(["plain"] if plain else map(str, budgets), 0.0)
     for ids, targets in zip(*(rows.split(batch_size) for rows in held_out)):
         h = model.encode(ids)
         if plain:
             sums["plain"] += plain_loss(model, h, targets).item() * len(ids)
             continue
-        for b in range(1, max(BUDGETS) + 1):
+        for b in range(1, max(budgets) + 1):
             h, _ = model.loop(h)
-            if b in BUDGETS:
+            if b in budgets:
                 sums[str(b)] += next_token_loss(model, h, targets)[0].sum().item()
     return {name: total / len(held_out[0]) for name, total in sums.items()}
 
@@ -287,10 +287,9 @@ def main():
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")
     model = fit(args)
-    if args.model == "tiny":                  # the control beside it, then what came of both
-        out, alone = args.out, args.control
-        args.control, args.out = True, args.out / "control"
-        tiny.report(None if alone else model, model if alone else fit(args), out)
+    if args.model == "tiny" and not args.control:                                # the control beside it, then what came of both
+        out, args.control, args.out = args.out, True, args.out / "control"
+        tiny.report(model, fit(args), out)
     leave(0)
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ budget.png        held-out loss by number of loops     } from --data, or from th
 training.png      losses and held-out loss by step     }
 """
 import argparse
+import itertools
 import json
-import os
 from pathlib import Path
 
 import matplotlib
@@ -25,9 +25,9 @@ from matplotlib.ticker import MaxNLocator
 
 import data
 import tiny
-from load_weights import add_model_flags, find, load, newest_checkpoint, number, pick_device, pick_dtype, read_json, run
-from loopus import InputError
-from train import next_token_loss, next_tokens
+from load_weights import add_model_flags, find, load, newest_checkpoint, number, pick_device, pick_dtype, place, read_json, run
+from loopus import InputError, require
+from train import evaluate, next_tokens
 
 PROMPTS = ("32 * 64 =", "82 *64 + 21 =", "404 Not Found in the system 404 The new era", "What is the capital of South Korea? S")   # the paper's
 LINES = (("#0072B2", "-", "o"), ("#D55E00", "--", "s"), ("#009E73", "-.", "^"), ("#CC79A7", ":", "D"), ("#000000", (0, (5, 1)), "v"))   # Okabe and Ito's colours
@@ -99,16 +99,11 @@ def trajectories(model, prompts, loops, path):
 @torch.inference_mode()
 def layer_states(model, batches):
     """What goes into the first layer and comes out of each, over all tokens of some ids (N, T): (layers + 1, tokens, D)."""
-    states = []
+    layers, states = [*model.encoder.layers, *model.reasoning.layers, *model.decoder.layers], []
     for ids in batches:
-        kept = []
-        layers = [*model.encoder.layers, *model.reasoning.layers, *model.decoder.layers]
-        hooks = [layers[0].register_forward_pre_hook(lambda layer, inputs: kept.append(inputs[0].float()))]
-        hooks += [layer.register_forward_hook(lambda layer, inputs, output: kept.append(output.float())) for layer in layers]
-        model.forward_pretrained(ids)
-        for hook in hooks:
-            hook.remove()
-        states.append(torch.stack(kept).flatten(1, 2).cpu())
+        span = model._span(ids.shape[1])
+        passed = itertools.accumulate(layers, lambda h, layer: layer(h, span), initial=model.encoder.embed_tokens(ids))
+        states.append(torch.stack([h.float() for h in passed]).flatten(1, 2).cpu())
     return torch.cat(states, dim=1)
 
 def propose_split(change):
@@ -141,19 +136,11 @@ def profile(model, batches, path):
     finish(fig, path)
     return proposed
 
-@torch.inference_mode()
-def loss_by_budget(model, batches, loops):
-    """Held-out loss of the ids: {loops run: nats a token}, and the ungated pass under "pretrained"."""
-    wanted, sums, count = [b for b in (1, 2, 4, 6, 8, 12, 16, 20, 40, 80, 100) if b <= loops], {}, 0
-    for ids in batches:
-        h = model.encode(ids)
-        sums["pretrained"] = sums.get("pretrained", 0) + next_token_loss(model, model.pretrained_loop(h), next_tokens(ids))[0].sum().item()
-        for b in range(1, max(wanted) + 1):
-            h, _ = model.loop(h)
-            if b in wanted:
-                sums[b] = sums.get(b, 0) + next_token_loss(model, h, next_tokens(ids))[0].sum().item()
-        count += len(ids)
-    return {name: total / count for name, total in sums.items()}
+def loss_by_budget(model, ids, loops):
+    """Held-out loss of ids (N, T): {loops run: nats a token}, and the ungated pass under "pretrained"."""
+    wanted, rows = [b for b in (1, 2, 4, 6, 8, 12, 16, 20, 40, 80, 100) if b <= loops], (ids, next_tokens(ids))
+    looped = evaluate(model, rows, 2, plain=False, budgets=wanted)
+    return {"pretrained": evaluate(model, rows, 2, plain=True)["plain"]} | {int(b): loss for b, loss in looped.items()}
 
 def draw_budget(losses, reference, path):
     fig, ax = plt.subplots(figsize=(5.5, 3.8), layout="constrained")
@@ -244,25 +231,17 @@ def read_log(path):
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a training log ({error})") from None
-    if not any("eval" in record for record in records):
-        raise InputError(f"{path}: no evaluation in it yet")
+    require(any("eval" in record for record in records), f"{path}: no evaluation in it yet")
     return records
 
 def finish(fig, path):
     """Write a figure beside and rename it."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {path.parent}: not a folder that can be made ({error})") from None
-    try:
-        fig.savefig(partial, format="png")
-        os.replace(partial, path)
+        place(path, lambda partial: fig.savefig(partial, format="png"))
     except OSError as error:
         raise InputError(f"--out {path.parent}: not writable ({error})") from None
-    finally:
-        partial.unlink(missing_ok=True)
-        plt.close(fig)
+    plt.close(fig)
     print(f"wrote {path}")
 
 def main():
@@ -278,27 +257,30 @@ def main():
     args = parser.parse_args()
     if args.runs or args.bench:
         if args.runs:
-            draw_runs({run.name: read_log(run / "log.jsonl") for run in args.runs}, args.out / "runs.png")
+            require(len(args.runs) <= len(LINES), f"--runs: {len(args.runs)} runs; {len(LINES)} can be told apart in a figure")
+            unique = len({run.name for run in args.runs}) == len(args.runs)
+            draw_runs({run.name if unique else str(run): read_log(run / "log.jsonl") for run in args.runs}, args.out / "runs.png")
         if args.bench:
-            draw_speed(read_json(args.bench), args.out / "speed.png")
+            found = read_json(args.bench)
+            require(found.get("contexts"), f"--bench {args.bench}: no times by context in it; expected what bench.py writes")
+            draw_speed(found, args.out / "speed.png")
         return
     args.model = args.model or newest_checkpoint()
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     model, tokenizer = load(str(args.model), split=args.split, device=device, dtype=pick_dtype(args.dtype, device))
-    if tokenizer is None:
-        raise InputError(f"--model {args.model}: no tokenizer.json in it, which prompts need")
+    require(tokenizer, f"--model {args.model}: no tokenizer.json in it, which prompts need")
     prompts = []
     world = "tiny" in (model.config.base_model, args.model)
     for text in args.prompt or (tiny.examples() if world else PROMPTS):
         ids = tokenizer.encode(text, bos=tokenizer.add_bos)
-        if not 1 <= len(ids) <= model.config.max_position_embeddings:
-            raise InputError(f"--prompt {text[:30]!r}: {len(ids)} tokens; the model takes 1 to {model.config.max_position_embeddings}")
+        require(1 <= len(ids) <= model.config.max_position_embeddings, f"--prompt {text[:30]!r}: {len(ids)} tokens; the model takes 1 to {model.config.max_position_embeddings}")
         prompts.append((text, torch.tensor([ids], device=device)))
     text = [ids for _, ids in prompts]
     if args.data:
         length = min(256, model.config.max_position_embeddings)
-        text = data.held_out(args.data, tokenizer, length, args.sequences).to(device).split(2)
+        rows = data.held_out(args.data, tokenizer, length, args.sequences).to(device)
+        text = rows.split(2)
     trajectories(model, prompts, args.loops, args.out / "trajectories.png")
     encoder, decoder = profile(model, text, args.out / "profile.png")
     print(f"split in use {model.config.encoder_layers},{model.config.decoder_layers}; proposed {encoder},{decoder} "
@@ -310,7 +292,7 @@ def main():
     records = read_log(log) if log.exists() else []
     evals = [r["eval"] for r in records if "eval" in r]
     if args.data:
-        losses = loss_by_budget(model, text, args.loops)
+        losses = loss_by_budget(model, rows, args.loops)
         draw_budget(losses, ("one pass without the gate", losses.pop("pretrained")), args.out / "budget.png")
         print("loss by loops: " + ", ".join(f"{b}: {loss:.3f}" for b, loss in losses.items()))
     elif evals and "1" in evals[-1]:

@@ -95,7 +95,7 @@ def test_what_the_figures_show():
     layers = visualize.layer_states(model, [ids])
     assert layers.shape == (5, 6, 32)
     torch.testing.assert_close(layers[1], model.encode(ids)[0].float())
-    losses = visualize.loss_by_budget(model, [ids], 4)
+    losses = visualize.loss_by_budget(model, ids, 4)
     assert set(losses) == {"pretrained", 1, 2, 4}
     assert losses[2] == pytest.approx(torch.nn.functional.cross_entropy(model(ids, 2)[0, :-1], ids[0, 1:]).item())
 

@@ -445,18 +445,28 @@ def test_logits_are_made_a_chunk_at_a_time_and_memory_does_not_grow_with_loops(m
         torch.testing.assert_close(gradients(parts)[name], g, rtol=1e-9, atol=1e-12)
 
 
+def kept(change):
+    """How many numbers autograd keeps for a supervised loop of a model that `change` was done to, and the gradients of a step."""
+    model, ids = small(2), torch.randint(0, 50, (2, 30), generator=torch.Generator().manual_seed(5))
+    change(model)
+    size = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: size.setdefault(x.data_ptr(), x.numel()) and x, lambda x: x):
+        h, q = model.loop(model.encode(ids).detach())
+    train.training_step(model, ids, 3, {1})
+    return sum(size.values()), gradients(model)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs a C++ compiler")
+def test_compiled_layers_save_less_and_give_the_same_gradients():
+    (more, a), (less, b) = kept(lambda model: None), kept(train.compile_layers)
+    assert less < 0.8 * more
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
 def test_activation_checkpointing_saves_less_and_changes_nothing(backbone, corpus, tmp_path):
     """The tensors that autograd keeps for a supervised loop, with and without; and the command gives the same run."""
-    def kept(checkpointed):
-        model, ids = small(2), torch.randint(0, 50, (2, 30), generator=torch.Generator().manual_seed(5))
-        if checkpointed:
-            train.checkpoint_activations(model)
-        size = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: size.setdefault(x.data_ptr(), x.numel()) and x, lambda x: x):
-            h, q = model.loop(model.encode(ids).detach())
-        train.training_step(model, ids, 3, {1})
-        return sum(size.values()), gradients(model)
-    (more, a), (less, b) = kept(False), kept(True)
+    (more, a), (less, b) = kept(lambda model: None), kept(train.checkpoint_activations)
     assert less < 0.5 * more and all(torch.equal(a[name], b[name]) for name in a)
     done = [script("train.py", "--model", backbone, "--data", corpus, "--out", tmp_path / name, *RECIPE, "--dtype", "float32", *flags)
             for name, flags in (("plain", []), ("less", ["--checkpoint-activations"]))]
