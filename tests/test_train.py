@@ -377,7 +377,7 @@ def test_sharded_gradients_equal_those_of_one_process(tmp_path):
 import torch, torch.distributed as dist, train, optim
 from torch.distributed.tensor import DTensor
 from conftest import small
-dist.init_process_group("gloo")
+optim.join()
 train.CHUNK = 4 * 7 * 50
 ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(5))
 one, two = small(2, dtype=torch.float32), small(2, dtype=torch.float32)
@@ -398,7 +398,7 @@ for name, p in small(2, dtype=torch.float32).named_parameters():
     now = now.full_tensor() if isinstance(now, DTensor) else now
     moved = wanted[name] * 0.1 / norms[0] if name in wanted else 0
     torch.testing.assert_close(now, p - moved, rtol=1e-5, atol=1e-6, msg=name)
-dist.destroy_process_group()
+optim.leave(0)
 """
     (tmp_path / "check.py").write_text(code)
     run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(random.Random().randint(20000, 60000)), str(tmp_path / "check.py")],
