@@ -68,11 +68,11 @@ def bytes_read(model, loops, context):
     return weights + context * Cache.bytes_per_token(model.config, loops, model.decoder.norm.weight.dtype)
 
 def products(model, loops):
-    """Work that is a token's matrix-vector products and nothing else: what the library under it allows."""
+    """Work that is a token's matrix-vector products and nothing else: what eager decoding could reach if all else took no time."""
     parts = [model.encoder] + loops * [model.reasoning.layers] + [model.decoder]
-    weights = [m.weight for part in parts for m in part.modules() if isinstance(m, nn.Linear)]
-    x = {w.shape[1]: w.new_ones(1, w.shape[1]) for w in weights}
-    return torch.inference_mode()(lambda: [F.linear(x[w.shape[1]], w) for w in weights])
+    linears = [m for part in parts for m in part.modules() if isinstance(m, nn.Linear)]
+    x = {m.in_features: m.weight.new_ones(1, m.in_features) for m in linears}
+    return torch.inference_mode()(lambda: [m(x[m.in_features]) for m in linears])
 
 def peer_of(model):
     """transformers' model with the same weights; None where it is not installed."""

@@ -23,10 +23,8 @@ import regex                                  # comes with tiktoken
 import tiktoken
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch.overrides import TorchFunctionMode
 
 from loopus import InputError, LoopUS, LoopUSConfig, free_memory, require
 
@@ -413,17 +411,6 @@ def load(name, *, split=None, device=None, dtype=None, plan=None):
     require(max(tokenizer.vocab.values()) < size, f"{directory}: tokenizer.json has ids up to {max(tokenizer.vocab.values())}, the model only {size} embeddings")
     return model, tokenizer
 
-class Sums(TorchFunctionMode):
-    """In here, nn.Linear of a single token is a sum over its weights. Inductor makes of it a loop over all threads, which reads them about as fast as
-    memory gives them; the library behind F.linear stays with one thread on some machines (docs/speed.md)."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not F.linear or args[0].shape[:-1].numel() > 1:
-            return function(*args, **(kwargs or {}))
-        x, weight, bias = args
-        y = (x * weight).sum(-1).view(*x.shape[:-1], -1)
-        return y if bias is None else y + bias
-
 def compile_decoding(model):
     """From now on `generate` runs a token's encoder, loops and decoder through torch.compile, a loop at a time, so that early exit
     still saves its loops: the same tokens (in bf16 but for rounding), faster, after a compilation. Prompts, and rows that others have left behind, run as before."""
@@ -432,10 +419,7 @@ def compile_decoding(model):
                "triton.cudagraphs": model.static, "cpp_wrapper": not model.static}
 
     def compiled(part, first=False):
-        def summed(*args):
-            with Sums():
-                return part(*args)
-        run = torch.compile(part if model.static else summed, dynamic=not model.static, options=options)
+        run = torch.compile(part, dynamic=not model.static, options=options)
 
         def call(x, span, cache):
             if model.static:

@@ -83,6 +83,17 @@ def free_memory(device):
     return math.inf
 
 # ---- the backbone: one Llama or Qwen3 layer ------------------------------------------------------------------------
+class Linear(nn.Linear):
+    """A CPU's library may multiply a single token on one thread only (docs/speed.md); here every thread takes its part of the outputs."""
+    def forward(self, x):
+        alone = x.is_cpu and x.numel() == self.in_features
+        if alone and torch.compiler.is_compiling():     # the compiler writes such a sum as one loop over all threads
+            return (x * self.weight).sum(-1).view(*x.shape[:-1], -1)
+        if alone and x.dtype == torch.float32:
+            parts = math.gcd(self.out_features, torch.get_num_threads())                # (P, 1, in) times (P, in, out / P)
+            return torch.bmm(x.view(1, 1, -1).expand(parts, 1, -1), self.weight.view(parts, -1, x.shape[-1]).mT).view(*x.shape[:-1], -1)
+        return super().forward(x)
+
 def rotary_angles(positions, config, dtype):
     """cos and sin of every position's angles: (..., T) -> two (..., T, K), to be broadcast over heads."""
     powers = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
@@ -107,15 +118,13 @@ class Span:
     width: int = 0                           # slots of the cache that are read
     written: slice | None = None             # slots of the cache that are written
 
-    def take(self, keep):
-        """The same span with its rows `keep` (a list) only."""
+    def take(self, keep):                    # the same span with its rows `keep` (a list) only
         pick = lambda x: x if x is None or len(x) == 1 else x[keep]       # of length 1 is what all rows share
         rows = keep if self.rows is None else [self.rows[i] for i in keep]
         return replace(self, cos=pick(self.cos), sin=pick(self.sin), mask=pick(self.mask), last=pick(self.last), slot=pick(self.slot), rows=rows)
 
     def tail(self, x):
-        """Each row's last valid token: (N, T, D) -> (N, D)."""
-        return x[:, -1] if self.last is None else x[torch.arange(len(x), device=x.device), self.last]
+        return x[:, -1] if self.last is None else x[torch.arange(len(x), device=x.device), self.last]   # each row's last valid token: (N, D)
 
     def attend(self, q, k, v, cache=None):
         """Attention of q (N, H, T, K) over k, v (N, G, T, K), or over a layer's cache, two of (rows, G, S, K), which they enter first."""
@@ -142,8 +151,8 @@ class Attention(nn.Module):
         super().__init__()
         D, H, G, self.head_dim = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         K = self.head_dim
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(D, heads * K, bias=False) for heads in (H, G, G))
-        self.o_proj = nn.Linear(H * K, D, bias=False)
+        self.q_proj, self.k_proj, self.v_proj = (Linear(D, heads * K, bias=False) for heads in (H, G, G))
+        self.o_proj = Linear(H * K, D, bias=False)
         self.q_norm, self.k_norm = (nn.RMSNorm(K, config.rms_norm_eps) if config.model_type == "qwen3" else None for _ in "qk")
 
     def forward(self, x, span, kv=None):
@@ -159,8 +168,7 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         D, I = config.hidden_size, config.intermediate_size
-        self.gate_proj, self.up_proj = nn.Linear(D, I, bias=False), nn.Linear(D, I, bias=False)
-        self.down_proj = nn.Linear(I, D, bias=False)
+        self.gate_proj, self.up_proj, self.down_proj = (Linear(*sizes, bias=False) for sizes in ((D, I), (D, I), (I, D)))
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -179,9 +187,6 @@ class Layer(nn.Module):
 
 class Layers(nn.ModuleList):
     """A stack of layers; its cache is a list of theirs."""
-    def __init__(self, config, count):
-        super().__init__(Layer(config) for _ in range(count))
-
     def forward(self, x, span, kv=None):
         for i, layer in enumerate(self):
             x = layer(x, span, None if kv is None else kv[i])
@@ -225,7 +230,7 @@ class Encoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = Layers(config, config.encoder_layers)
+        self.layers = Layers(Layer(config) for _ in range(config.encoder_layers))
 
     def forward(self, ids, span, kv=None):
         return self.layers(self.embed_tokens(ids), span, kv)           # (N, T) -> (N, T, D)
@@ -233,22 +238,21 @@ class Encoder(nn.Module):
 class Reasoning(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.layers = Layers(config, config.reasoning_layers)
+        self.layers = Layers(Layer(config) for _ in range(config.reasoning_layers))
         self.gate = Gate(config)
 
 class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.layers = Layers(config, config.decoder_layers)
+        self.layers = Layers(Layer(config) for _ in range(config.decoder_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)   # untied: a copy of a tied embedding, trained alone
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)   # untied: a copy of a tied embedding, trained alone
 
     def logits(self, h):
         return self.lm_head(self.norm(h))                               # (..., D) -> (..., V)
 
     def last(self, h, span, kv=None):
-        """D at each row's last valid token: (N, T, D) -> (N, V)"""
-        return self.logits(span.tail(self.layers(h, span, kv)))
+        return self.logits(span.tail(self.layers(h, span, kv)))        # (N, T, D) -> (N, V), at each row's last valid token
 
 # ---- generation: the caches, the stopping rules, the sampling -------------------------------------------------------
 HALTS = ("confidence", "convergence", "cdf", "argmax", "kl", "none")
@@ -270,8 +274,7 @@ class Cache:
 
     @staticmethod
     def bytes_per_token(config, depths, dtype):
-        layers = config.encoder_layers + depths * config.reasoning_layers + config.decoder_layers
-        return layers * 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
+        return (config.num_hidden_layers + (depths - 1) * config.reasoning_layers) * 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
     def fill(self, loops, span):
         """The span's rows stopped after `loops` loops: its keys and values at the last of them stand for all deeper ones."""
@@ -345,8 +348,7 @@ class LoopUS(nn.Module):
         positions = torch.arange(T, device=weight.device)
         ago = positions[:, None] - positions
         mask = ((ago >= 0) & (ago < window))[None, None] if window is not None and window < T else None
-        cos, sin = rotary_angles(positions, self.config, weight.dtype)
-        return Span(cos[None, None], sin[None, None], mask, **where)
+        return Span(*rotary_angles(positions[None, None], self.config, weight.dtype), mask, **where)
 
     def _loop(self, h, span, kv=None):
         gate = self.reasoning.gate
@@ -384,8 +386,7 @@ class LoopUS(nn.Module):
         seed = torch.randint(2**62, ()).item() if seed is None else seed
         noise = [torch.Generator(ids.device).manual_seed(seed + r) for r in range(len(ids))]
         draw = lambda logits, rows: sample(logits, [noise[r] for r in rows], temperature, top_k, top_p)
-        stopping = {"budget": budget, "halt": halt, "threshold": exit_threshold}
-        return self._generate(ids.long(), lengths, max_new_tokens, stopping, kv, draw, eos_id, use_cache, window)
+        return self._generate(ids.long(), lengths, max_new_tokens, dict(budget=budget, halt=halt, threshold=exit_threshold), kv, draw, eos_id, use_cache, window)
 
     @torch.inference_mode()
     def _generate(self, ids, lengths, max_new_tokens, stopping, kv, draw, eos_id, use_cache, window):
@@ -433,9 +434,8 @@ class LoopUS(nn.Module):
                 old, logits = new if b == 0 else logits[at], new if b == 0 else logits.index_copy(0, at, new)
             if b == budget - 1 or halt == "none" or (b == 0 and halt in ("argmax", "kl")):
                 continue
-            stop = {"confidence": lambda: q[at] >= threshold,
+            stop = {"confidence": lambda: q[at] >= threshold, "cdf": lambda: 1 - doubt[at] >= threshold,
                     "convergence": lambda: span.tail(after - before).float().norm(dim=-1) <= threshold,
-                    "cdf": lambda: 1 - doubt[at] >= threshold,
                     "argmax": lambda: new.argmax(-1) == old.argmax(-1),
                     "kl": lambda: F.kl_div(old, new, reduction="none", log_target=True).sum(-1) <= threshold}[halt]().tolist()
             if any(stop):                    # tolist was this loop's one wait for the device

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from conftest import BACKBONES, GOLDEN, small, write_backbone
 from load_weights import load
-from loopus import InputError, LoopUSConfig, Gate
+from loopus import InputError, Linear, LoopUSConfig, Gate
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -30,6 +30,22 @@ def test_open_gate_is_the_pretrained_model_exactly_and_shut_gate_no_loop():
     model.reasoning.gate.A_log.data.fill_(30.0)
     h = model.encode(ids)
     assert torch.equal(model.loop(h)[0], h)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("outputs", [1, 7, 24])
+def test_a_single_tokens_product_split_over_threads_is_the_matrixs(threads, outputs):
+    layer, before = Linear(10, outputs, bias=False), torch.get_num_threads()
+    weight = layer.weight.detach().double().numpy()
+    torch.set_num_threads(threads)
+    try:
+        for x in (torch.randn(10), torch.randn(1, 10), torch.randn(1, 1, 10), torch.randn(1, 10, 2)[..., 0], torch.randn(2, 3, 10)):
+            x.requires_grad_()
+            y = layer(x)
+            np.testing.assert_allclose(y.detach().numpy(), x.detach().double().numpy() @ weight.T, atol=1e-6)
+            np.testing.assert_allclose(torch.autograd.grad(y.sum(), x)[0].numpy(), np.broadcast_to(weight.sum(0), x.shape), atol=1e-6)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_recurrence_equals_numpy_on_the_papers_equations():
