@@ -49,7 +49,7 @@ def documents(path, skip=0):
             yield 0, path.read_text(encoding="utf-8")
         elif path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.xz")):
             with opener(path, "rt", encoding="utf-8") as lines:
-                yield from ((n, text_of(line, f"{path}, line {n + 1}")) for n, line in enumerate(lines) if n >= skip and line.strip())
+                yield from ((n, text) for n, line in enumerate(lines) if n >= skip and line.strip() and (text := text_of(line, f"{path}, line {n + 1}")))
         elif path.name.endswith(".parquet"):
             import pyarrow.parquet
             with pyarrow.parquet.ParquetFile(path) as file:

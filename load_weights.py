@@ -304,8 +304,8 @@ def opened(path):
 def unpickled(path):
     """The tensors of a foreign PyTorch file, mapped, by name; nothing but tensors may be in it."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:               # zip, pickle and OS errors, each with words of its own
+        return {name: x for name, x in torch.load(path, map_location="cpu", weights_only=True, mmap=True).items() if isinstance(x, torch.Tensor)}
+    except Exception as error:               # zip, pickle, OS and other errors, each with words of its own
         raise InputError(f"{path}: not a readable PyTorch file of tensors ({str(error).splitlines()[0]}); fetch it again") from None
 
 def weight_files(names, where):

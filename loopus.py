@@ -91,7 +91,7 @@ class Linear(nn.Linear):
             return (x * self.weight).sum(-1).view(*x.shape[:-1], -1)
         if alone and x.dtype == torch.float32:
             parts = math.gcd(self.out_features, torch.get_num_threads())                # (P, 1, in) times (P, in, out / P)
-            return torch.bmm(x.view(1, 1, -1).expand(parts, 1, -1), self.weight.view(parts, -1, x.shape[-1]).mT).view(*x.shape[:-1], -1)
+            return torch.bmm(x.expand(parts, 1, -1), self.weight.view(parts, -1, self.in_features).mT).view(*x.shape[:-1], -1)
         return super().forward(x)
 
 def rotary_angles(positions, config, dtype):
@@ -168,7 +168,7 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         D, I = config.hidden_size, config.intermediate_size
-        self.gate_proj, self.up_proj, self.down_proj = (Linear(*sizes, bias=False) for sizes in ((D, I), (D, I), (I, D)))
+        self.gate_proj, self.up_proj, self.down_proj = Linear(D, I, bias=False), Linear(D, I, bias=False), Linear(I, D, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -101,7 +101,7 @@ def update(pairs, optimizer, most):
 
 def compile_layers(model):
     """Compile the trained layers. Of what a layer keeps for the gradient the compiler may keep half and makes the rest again, the cheapest
-    first: a quarter less memory, at about a tenth of the speed (docs/training.md)."""
+    first; what that gives beside layers that are not compiled: docs/training.md."""
     import torch._functorch.config
     torch._functorch.config.activation_memory_budget = 0.5
     for layer in (*model.reasoning.layers, *model.decoder.layers):

@@ -96,6 +96,7 @@ def main():
     if args.compile:
         compile_decoding(model)
     if args.prompt is None and "tiny" in (model.config.base_model, args.model):
+        require(args.compare is None, "--compare needs a --prompt: without one, a model of the tiny world is given its own problems")
         tiny.show(model, args.seed, **stopping)
         return
     args.prompt = "The capital of France is" if args.prompt is None else args.prompt

@@ -117,6 +117,9 @@ def spoil(directory, how):
     elif how == "untied without head":
         del tensors["lm_head.weight"]
         save_file(tensors, file)
+    elif how.startswith("pickle"):
+        file.unlink()
+        torch.save({"pickle of a list": [1], "pickle of numbers": dict.fromkeys(tensors, 1)}[how], directory / "pytorch_model.bin")
     elif how == "no config":
         config.unlink()
     elif how == "config is not JSON":
@@ -157,7 +160,7 @@ def spoil(directory, how):
     ("extra", "model.layers.2.self_attn.q_proj.bias"), ("untied without head", "lm_head.weight"), ("no config", "config.json"), ("config is not JSON", "config.json"),
     ("config is a list", "config.json"), ("config lacks a size", "hidden_size"), ("config has a string", "num_hidden_layers"), ("architecture", "gpt_neox"),
     ("rope", "yarn"), ("rope, new", "llama3"), ("a billion layers", "only 39 tensors"), ("rope is a word", "rope_parameters"), ("small vocabulary", "97 embeddings"), ("bias", "attention_bias"), ("activation", "gelu"), ("shard", "model-00002-of-00002.safetensors"),
-    ("shard without it", "nowhere"), ("index", "weight_map")])
+    ("shard without it", "nowhere"), ("index", "weight_map"), ("pickle of a list", "pytorch_model.bin: not a readable"), ("pickle of numbers", "only 0 tensors")])
 def test_a_spoilt_model_is_one_clear_line(tmp_path, how, words):
     write_backbone(tmp_path, "llama_gqa", old=True)
     spoil(tmp_path, how)

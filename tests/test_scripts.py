@@ -110,18 +110,18 @@ def test_proposed_split(change, split):
 def test_every_file_format_gives_the_same_documents(tmp_path):
     import pyarrow
     import pyarrow.parquet
-    texts = ["first\n\ndocument", "zweites é 🙂", "third"]
+    texts = ["first\n\ndocument", "zweites é 🙂", "", "third"]      # an empty one is none
     lines = "".join(json.dumps({"text": t, "source": "x"}) + "\n" for t in texts)
     (tmp_path / "a.jsonl").write_text(lines + "\n", encoding="utf-8")
     with gzip.open(tmp_path / "a.jsonl.gz", "wt", encoding="utf-8") as f:
         f.write(lines)
     with lzma.open(tmp_path / "a.v2.jsonl.xz", "wt", encoding="utf-8") as f:
         f.write(lines)
-    pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2, 3], "text": texts}), tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2, 3, 4], "text": texts}), tmp_path / "a.parquet")
     (tmp_path / "a.txt").write_text(texts[0], encoding="utf-8")
     for name in ("a.jsonl", "a.jsonl.gz", "a.v2.jsonl.xz", "a.parquet"):
-        assert [text for _, text in data.documents(tmp_path / name)] == texts, name
-        assert [text for _, text in data.documents(tmp_path / name, skip=2)] == texts[2:], name
+        assert list(data.documents(tmp_path / name)) == [(0, texts[0]), (1, texts[1]), (3, texts[3])], name
+        assert list(data.documents(tmp_path / name, skip=1)) == [(1, texts[1]), (3, texts[3])], name
     assert list(data.documents(tmp_path / "a.txt")) == [(0, texts[0])]
 
 
@@ -202,7 +202,7 @@ def test_bad_data_is_one_clear_line(tmp_path, backbone, name, content, words):
 
 @pytest.mark.parametrize("command, words", [
     (["sample.py", "--budget", 0], "--budget"), (["sample.py", "--threshold", 1.5], "--threshold"), (["sample.py", "--top-p", 0], "--top-p"), (["sample.py", "--temperature", -1], "--temperature"),
-    (["sample.py", "--halt", "never"], "--halt"), (["sample.py", "--prompt", ""], "--prompt"),
+    (["sample.py", "--halt", "never"], "--halt"), (["sample.py", "--model", "tiny-loopus", "--compare"], "--prompt"), (["sample.py", "--prompt", ""], "--prompt"),
     (["sample.py", "--device", "cuda:77"], "--device cuda:77"), (["sample.py", "--device", "abacus"], "--device abacus"), (["sample.py", "--split", "1"], "--split"), (["sample.py", "--split", "9,9"], "split"),
     (["sample.py", "--max-new-tokens", 0], "--max-new-tokens"), (["visualize.py", "--loops", 0], "--loops"), (["visualize.py", "--prompt", ""], "--prompt"), (["visualize.py", "--data", "none.txt"], "none.txt"),
     (["train.py", "--seq-len", 32, "--data", "none.txt"], "none.txt"), (["train.py", "--seq-len", 4096, "--data", "none.txt"], "--seq-len 4096"), (["train.py", "--loops", 3, "--supervised", 4, "--data", "x"], "--supervised"), (["train.py"], "--data"), (["train.py", "--steps", "many"], "--steps"),
