@@ -84,13 +84,13 @@ def free_memory(device):
 
 # ---- the backbone: one Llama or Qwen3 layer ------------------------------------------------------------------------
 class Linear(nn.Linear):
-    """A CPU's library may multiply a single token on one thread only (docs/speed.md); here every thread takes its part of the outputs."""
+    """A CPU's library may multiply a single token on one thread only (docs/speed.md); here the threads share 16 parts of the outputs."""
     def forward(self, x):
         alone = x.is_cpu and x.numel() == self.in_features
         if alone and torch.compiler.is_compiling():     # the compiler writes such a sum as one loop over all threads
             return (x * self.weight).sum(-1).view(*x.shape[:-1], -1)
         if alone and x.dtype == torch.float32:
-            parts = math.gcd(self.out_features, torch.get_num_threads())                # (P, 1, in) times (P, in, out / P)
+            parts = math.gcd(self.out_features, 16)     # (P, 1, in) times (P, in, out / P)
             return torch.bmm(x.expand(parts, 1, -1), self.weight.view(parts, -1, self.in_features).mT).view(*x.shape[:-1], -1)
         return super().forward(x)
 
