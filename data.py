@@ -59,7 +59,7 @@ def documents(path, skip=0):
                 for group in range(file.num_row_groups):          # a group that is skipped is not read
                     rows = file.metadata.row_group(group).num_rows
                     texts = file.read_row_group(group, columns=["text"])["text"] if n + rows > skip else ()
-                    yield from ((i, text.as_py()) for i, text in enumerate(texts, n) if i >= skip and text.as_py())
+                    yield from ((i, text) for i, cell in enumerate(texts, n) if i >= skip and (text := cell.as_py()))
                     n += rows
         else:
             raise InputError(f"{path}: expected a .txt, .jsonl, .jsonl.gz, .jsonl.xz or .parquet file")
