@@ -24,9 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from load_weights import ADDED, DTYPES, backbone_name, compile_decoding, load, number, pick_device, pick_dtype, run, write_text
-from loopus import Cache, InputError, LoopUS, LoopUSConfig
-from optim import checkpoint_activations, compile_layers, fp32_masters, keep_freed_memory, update
+from appendix.errors import InputError, run
+from appendix.fast import checkpoint_activations, compile_decoding, compile_layers
+from appendix.files import write_text
+from appendix.flags import DTYPES, number, pick_device, pick_dtype
+from appendix.memory import keep_freed_memory
+from appendix.optim import fp32_masters, update
+from load_weights import backbone_name, load
+from loopus import ADDED, Cache, LoopUS, LoopUSConfig
 from train import training_step
 
 SHAPES = {"smollm2-135m": dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,

@@ -27,19 +27,17 @@ K channels of a head (head_dim), L layers of a stack, S slots of a cache, B loop
 Pretrained parts carry Hugging Face's names, added parts the published LoopUS checkpoints': `state_dict()` is the file.
 """
 import math
-import sys
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-class InputError(ValueError):
-    """Something the user gave cannot be used. The message is one line: what, where, found, expected, what to do."""
+from appendix.errors import InputError, free_memory, require
 
-def require(ok, problem):
-    if not ok:
-        raise InputError(problem)
+ADDED = ("reasoning.gate.", "q_head.")                   # what LoopUS adds to a backbone; fp32 always
+
+
 
 @dataclass
 class LoopUSConfig:
@@ -73,14 +71,6 @@ class LoopUSConfig:
         require(min(self.encoder_layers, self.decoder_layers, self.reasoning_layers) >= 1, f"split {self.encoder_layers},{self.decoder_layers} "
                 f"of {self.num_hidden_layers} layers: encoder, reasoning block and decoder each need a layer")
 
-def free_memory(device):
-    """Bytes that can still be had on a device; inf where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type == "cpu" and sys.platform == "linux":
-        with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    return math.inf
 
 # ---- the backbone: one Llama or Qwen3 layer ------------------------------------------------------------------------
 class Linear(nn.Linear):

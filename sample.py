@@ -11,8 +11,13 @@ from collections import Counter
 import torch
 
 import tiny
-from load_weights import add_model_flags, announce, compile_decoding, count, find, load, newest_checkpoint, number, pick_device, pick_dtype, run
-from loopus import HALTS, Cache, InputError, require
+from appendix.errors import InputError, require, run
+from appendix.fast import compile_decoding
+from appendix.flags import add_model_flags, number, pick_device, pick_dtype
+from appendix.hub import find, newest_checkpoint
+from appendix.memory import announce, count
+from load_weights import load
+from loopus import HALTS, Cache
 
 SHADES = ((231, 16), (195, 16), (153, 16), (111, 16), (69, 231), (27, 231), (20, 231), (17, 231))   # background, text: light is few loops
 

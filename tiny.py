@@ -25,8 +25,10 @@ import torch.nn.functional as F
 from torch import nn
 from safetensors.torch import save_file
 
-from load_weights import ADDED, backbone_name, load, place, read_json, run, write_text
-from loopus import LoopUS, LoopUSConfig, require
+from appendix.errors import require, run
+from appendix.files import place, read_json, write_text
+from load_weights import backbone_name, load
+from loopus import ADDED, LoopUS, LoopUSConfig
 
 ROWS, LANES, LETTERS = 13, 4, 8                          # a problem needs 0 to ROWS - 1 steps
 SYMBOLS = "abcdefgh12345678?"                            # ids in this order

@@ -23,11 +23,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-import data
 import tiny
-from load_weights import PRESETS, add_model_flags, count, load, number, open_log, pick_device, pick_dtype, restore, resumable, run, save_checkpoint
-from loopus import InputError, require
-from optim import average, checkpoint_activations, compile_layers, fp32_masters, join, keep_freed_memory, learning_rate, leave, meet, no_signals, plan, shard, signals, update
+from appendix import data
+from appendix.errors import InputError, require, run
+from appendix.fast import checkpoint_activations, compile_layers
+from appendix.flags import add_model_flags, number, pick_device, pick_dtype
+from appendix.hub import PRESETS
+from appendix.memory import count, keep_freed_memory, plan
+from appendix.optim import fp32_masters, learning_rate, update
+from appendix.parallel import average, join, leave, meet, shard
+from appendix.resume import no_signals, open_log, restore, resumable, save_checkpoint, signals
+from load_weights import load
 
 BUDGETS = (1, 2, 4, 8)                        # loops at which the held-out loss is taken
 FINEWEB = "HuggingFaceFW/fineweb-edu/data/CC-MAIN-2025-26"     # the paper's text, shard by shard

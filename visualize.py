@@ -23,10 +23,13 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.ticker import MaxNLocator
 
-import data
 import tiny
-from load_weights import add_model_flags, find, load, newest_checkpoint, number, pick_device, pick_dtype, place, read_json, run
-from loopus import InputError, require
+from appendix import data
+from appendix.errors import InputError, require, run
+from appendix.files import place, read_json
+from appendix.flags import add_model_flags, number, pick_device, pick_dtype
+from appendix.hub import find, newest_checkpoint
+from load_weights import load
 from train import evaluate, next_tokens
 
 PROMPTS = ("32 * 64 =", "82 *64 + 21 =", "404 Not Found in the system 404 The new era", "What is the capital of South Korea? S")   # the paper's

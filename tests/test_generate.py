@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import small
-from load_weights import compile_decoding
+from appendix.fast import compile_decoding
 from loopus import HALTS, Cache, InputError, rotary_angles, rotate
 
 

@@ -174,7 +174,8 @@ def test_a_named_data_set_and_its_training_split(hub, run):
 
 def test_shards_follow_each_other_and_only_those_needed_are_fetched(hub, run, tmp_path):
     code = f"""
-import data, load_weights
+import load_weights
+from appendix import data
 tokenizer = load_weights.load("tinyllama")[1]
 files = data.shards("{FINEWEB}/data/CC-MAIN-2025-26")
 two = dict([*files.items()][:2])
@@ -216,18 +217,17 @@ def test_what_does_not_fit_is_said_with_what_would(monkeypatch, capsys):
     """TinyLlama's shape beside 20 GB: what is needed by its parts, and each flag's effect, before anything is read."""
     import argparse
 
-    import load_weights
-    import optim
+    from appendix import memory
     from loopus import LoopUSConfig
     args = argparse.Namespace(batch_size=4, seq_len=1024, checkpoint_activations=False, shard=False)
     for free, words in ((20e9, True), (200e9, False)):
-        monkeypatch.setattr(load_weights, "free_memory", lambda device: free)
-        optim.plan(args, LoopUSConfig(num_key_value_heads=4), torch.bfloat16, torch.device("cpu"), 1, 3 * 2**24)
+        monkeypatch.setattr(memory, "free_memory", lambda device: free)
+        memory.plan(args, LoopUSConfig(num_key_value_heads=4), torch.bfloat16, torch.device("cpu"), 1, 3 * 2**24)
         said = capsys.readouterr().err
-        needs = optim.training_needs(LoopUSConfig(num_key_value_heads=4), torch.bfloat16, 4096, 3 * 2**24)
+        needs = memory.training_needs(LoopUSConfig(num_key_value_heads=4), torch.bfloat16, 4096, 3 * 2**24)
         assert f"needs about {sum(needs.values()) / 1e9:.1f} GB" in said and f"{free / 1e9:.1f} GB are free" in said
         assert all((word in said) == words for word in ("will not fit", "--batch-size 4", "--checkpoint-activations", "--shard"))
-    every, frozen = load_weights.count(LoopUSConfig(num_key_value_heads=4))
+    every, frozen = memory.count(LoopUSConfig(num_key_value_heads=4))
     assert needs["weights"] == 2 * every and needs["masters, gradients and moments"] == 16 * (every - frozen) and 1.0e9 < every < 1.2e9
 
 

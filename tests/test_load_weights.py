@@ -74,7 +74,7 @@ def test_a_save_that_does_not_fit_leaves_what_was_there(tmp_path):
     save(small(dtype=torch.float32), None, tmp_path / "x")
     before = (tmp_path / "x" / "model.safetensors").read_bytes()
     code = ("import resource, sys; sys.path[:0] = sys.argv[1:3]\n"
-            "import torch; from conftest import small; from load_weights import run, save\n"
+            "import torch; from conftest import small; from load_weights import save; from appendix.errors import run\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
             "run(lambda: save(small(seed=9, dtype=torch.float32), None, sys.argv[3]))")
     done = subprocess.run([sys.executable, "-c", code, ROOT, ROOT / "tests", tmp_path / "x"], capture_output=True, text=True)

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-import data
+from appendix import data
 import visualize
 from conftest import GOLDEN, ROOT, script, small
 from load_weights import Tokenizer, load, save

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import data
+from appendix import data
 import train
 from conftest import SHARED
 from load_weights import load

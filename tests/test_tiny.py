@@ -6,7 +6,8 @@ import torch
 
 import tiny
 from conftest import ROOT, script
-from load_weights import PRESETS, load
+from appendix.hub import PRESETS
+from load_weights import load
 
 
 def read(strip, place):

@@ -374,15 +374,16 @@ def test_two_processes_train_as_one_on_the_whole_batch(trained, backbone, corpus
 def test_sharded_gradients_equal_those_of_one_process(tmp_path):
     """Two processes hold half of every layer each; gradients of a chunked, checkpointed step equal those of the whole batch in one process."""
     code = """
-import torch, torch.distributed as dist, train, optim
+import torch, torch.distributed as dist, train
+from appendix import fast, optim, parallel
 from torch.distributed.tensor import DTensor
 from conftest import small
-optim.join()
+parallel.join()
 train.CHUNK = 4 * 7 * 50
 ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(5))
 one, two = small(2, dtype=torch.float32), small(2, dtype=torch.float32)
-optim.shard(two, torch.float32, torch.device("cpu"))
-optim.checkpoint_activations(two)
+parallel.shard(two, torch.float32, torch.device("cpu"))
+fast.checkpoint_activations(two)
 pairs, alone = optim.fp32_masters(two, torch.float32), optim.fp32_masters(one, torch.float32)
 for i in range(2):
     train.training_step(one, ids, 4, {0, 2}, 0.5)
@@ -398,7 +399,7 @@ for name, p in small(2, dtype=torch.float32).named_parameters():
     now = now.full_tensor() if isinstance(now, DTensor) else now
     moved = wanted[name] * 0.1 / norms[0] if name in wanted else 0
     torch.testing.assert_close(now, p - moved, rtol=1e-5, atol=1e-6, msg=name)
-optim.leave(0)
+parallel.leave(0)
 """
     (tmp_path / "check.py").write_text(code)
     run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(random.Random().randint(20000, 60000)), str(tmp_path / "check.py")],

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from load_weights import fetch, hub_files
-from loopus import InputError, require
+from appendix.errors import InputError, require
+from appendix.hub import fetch, hub_files
 
 SHUFFLE = 1024                                # sequences that are shuffled together
 
