@@ -1,4 +1,5 @@
 """Errors for people: one line that says what was found, where, what was expected and what to do."""
+
 import math, os, sys
 from pathlib import Path
 import torch
@@ -16,10 +17,16 @@ def require(ok, problem):
 def free_memory(device):
     """Bytes that can still be had on a device; inf where the system does not say."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
     if device.type == "cpu" and sys.platform == "linux":
         with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+            return next(
+                int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
+            )
     return math.inf
 
 
@@ -33,9 +40,8 @@ def run(main):
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:                   # `python sample.py | head`
+    except BrokenPipeError:  # `python sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:                  # a full disk while the log is written, say
+    except OSError as error:  # a full disk while the log is written, say
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
-

@@ -1,4 +1,5 @@
 """Files that are read with one-line errors, and written beside and renamed."""
+
 import json, os, hashlib
 from appendix.errors import InputError, require
 
@@ -8,7 +9,9 @@ def read_json(path):
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
-    require(isinstance(value, dict), f"{path}: expected a JSON object, found {type(value).__name__}")
+    require(
+        isinstance(value, dict), f"{path}: expected a JSON object, found {type(value).__name__}"
+    )
     return value
 
 
@@ -29,4 +32,3 @@ def write_text(path, text):
 def sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-

@@ -1,4 +1,5 @@
 """How weights move: fp32 masters, averaged and clipped gradients, the learning rate; one process, or several with the model whole or sharded."""
+
 import math
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ def fp32_masters(model, dtype):
     for name, p in model.named_parameters():
         if name.startswith("encoder."):
             p.requires_grad_(False)
-        if is_sharded(p):            # sharded: fp32 already, and this process's part is the master
+        if is_sharded(p):  # sharded: fp32 already, and this process's part is the master
             master = nn.Parameter(p.to_local().detach())
         elif dtype == torch.float32 or name.startswith(ADDED):
             p.data = p.data.float()
@@ -29,6 +30,7 @@ def fp32_masters(model, dtype):
             def move_gradient(p, master=master):
                 master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
                 p.grad = None
+
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(move_gradient)
         if p.requires_grad:
@@ -40,8 +42,15 @@ def update(pairs, optimizer, most):
     """One optimizer step on the mean gradient of all processes, its norm clipped to `most`. One that is not finite moves nothing. -> the norm"""
     for p, master in pairs.values():
         if is_sharded(p):
-            master.grad = p.grad.to_local()   # which FSDP has averaged
-    sharded, plain = ([master for p, master in pairs.values() if master.grad is not None and is_sharded(p) == kind] for kind in (True, False))
+            master.grad = p.grad.to_local()  # which FSDP has averaged
+    sharded, plain = (
+        [
+            master
+            for p, master in pairs.values()
+            if master.grad is not None and is_sharded(p) == kind
+        ]
+        for kind in (True, False)
+    )
     average([master.grad for master in plain])
     norm = nn.utils.get_total_norm([master.grad for master in plain])
     if sharded:
@@ -65,4 +74,3 @@ def learning_rate(step, steps, peak, warmup):
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-

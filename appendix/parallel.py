@@ -1,4 +1,5 @@
 """Several processes, as torchrun starts them: joining, meeting, averaging, and a model spread over them."""
+
 import os, sys
 import torch
 import torch.distributed as dist
@@ -7,7 +8,7 @@ import torch.distributed as dist
 def join():
     """Become one of the processes that torchrun started."""
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))                     # which "cuda" means from here on
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # which "cuda" means from here on
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
@@ -36,11 +37,21 @@ def average(tensors):
 
 def shard(model, dtype, device):
     """Spread layers, embedding and output head over the processes (FSDP2): fp32 parts, gathered in `dtype` while a module runs."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard      # half a second and 80 MB that one process never needs
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+    )  # half a second and 80 MB that one process never needs
+
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     model.encoder.requires_grad_(False)
-    for module in (model.encoder.embed_tokens, *model.encoder.layers, *model.reasoning.layers, *model.decoder.layers, model.decoder.lm_head):
+    for module in (
+        model.encoder.embed_tokens,
+        *model.encoder.layers,
+        *model.reasoning.layers,
+        *model.decoder.layers,
+        model.decoder.lm_head,
+    ):
         fully_shard(module.float(), mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     model.to(device)
 
@@ -55,6 +66,8 @@ def whole(p, x):
     if not is_sharded(p) or x.dim() == 0:
         return x
     from torch.distributed.tensor import DTensor
-    full = DTensor.from_local(x, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor()
-    return full.cpu() if dist.get_rank() == 0 else None
 
+    full = DTensor.from_local(
+        x, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()
+    ).full_tensor()
+    return full.cpu() if dist.get_rank() == 0 else None

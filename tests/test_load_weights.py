@@ -1,4 +1,5 @@
 """What crosses the disk: formats, strictness, round trips, tokenizers."""
+
 import json
 import random
 import shutil
@@ -11,12 +12,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import BACKBONES, GOLDEN, ROOT, SHARED, backbone_tensors, script, small, write_backbone
+from conftest import (
+    BACKBONES,
+    GOLDEN,
+    ROOT,
+    SHARED,
+    backbone_tensors,
+    script,
+    small,
+    write_backbone,
+)
 from load_weights import Tokenizer, load, save
 from loopus import InputError
 
 
 # ---- formats ---------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -27,13 +38,30 @@ def test_every_format_gives_the_stored_numbers(tmp_path, name, dtype, shards, ol
     assert tokenizer is None
     state, n = model.state_dict(), BACKBONES[name]["num_hidden_layers"]
     assert torch.equal(state["encoder.embed_tokens.weight"], stored["model.embed_tokens.weight"])
-    assert torch.equal(state["reasoning.layers.0.mlp.up_proj.weight"], stored["model.layers.1.mlp.up_proj.weight"])
-    assert torch.equal(state["decoder.layers.0.self_attn.o_proj.weight"], stored[f"model.layers.{n - 1}.self_attn.o_proj.weight"])
-    assert torch.equal(state["decoder.lm_head.weight"], stored.get("lm_head.weight", stored["model.embed_tokens.weight"]))
-    assert state["decoder.lm_head.weight"].data_ptr() != state["encoder.embed_tokens.weight"].data_ptr()   # untied
-    assert state["encoder.embed_tokens.weight"].dtype == dtype and state["q_head.1.weight"].dtype == torch.float32
+    assert torch.equal(
+        state["reasoning.layers.0.mlp.up_proj.weight"], stored["model.layers.1.mlp.up_proj.weight"]
+    )
+    assert torch.equal(
+        state["decoder.layers.0.self_attn.o_proj.weight"],
+        stored[f"model.layers.{n - 1}.self_attn.o_proj.weight"],
+    )
+    assert torch.equal(
+        state["decoder.lm_head.weight"],
+        stored.get("lm_head.weight", stored["model.embed_tokens.weight"]),
+    )
+    assert (
+        state["decoder.lm_head.weight"].data_ptr()
+        != state["encoder.embed_tokens.weight"].data_ptr()
+    )  # untied
+    assert (
+        state["encoder.embed_tokens.weight"].dtype == dtype
+        and state["q_head.1.weight"].dtype == torch.float32
+    )
     wide, _ = load(tmp_path, split=(1, 1), dtype=torch.float32)
-    assert torch.equal(wide.state_dict()["encoder.embed_tokens.weight"], stored["model.embed_tokens.weight"].float())
+    assert torch.equal(
+        wide.state_dict()["encoder.embed_tokens.weight"],
+        stored["model.embed_tokens.weight"].float(),
+    )
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -43,13 +71,21 @@ def test_save_and_load_is_bit_exact(tmp_path, name):
     model.config.loops, model.config.exit_threshold = 7, 0.45
     save(model, None, tmp_path / "saved")
     again, _ = load(tmp_path / "saved")
-    assert (again.config.loops, again.config.exit_threshold, again.config.base_model) == (7, 0.45, str(tmp_path / "base"))
+    assert (again.config.loops, again.config.exit_threshold, again.config.base_model) == (
+        7,
+        0.45,
+        str(tmp_path / "base"),
+    )
     a, b = model.state_dict(), again.state_dict()
-    assert list(a) == list(b) and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+    assert list(a) == list(b) and all(
+        torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a
+    )
     save(again, None, tmp_path / "twice")
     for file in ("config.json", "model.safetensors"):
         assert (tmp_path / "saved" / file).read_bytes() == (tmp_path / "twice" / file).read_bytes()
-    assert not list((tmp_path / "saved").glob("*.partial")) and not list((tmp_path / "saved").glob(".*"))
+    assert not list((tmp_path / "saved").glob("*.partial")) and not list(
+        (tmp_path / "saved").glob(".*")
+    )
 
 
 def test_published_config_and_legacy_names(tmp_path):
@@ -57,32 +93,64 @@ def test_published_config_and_legacy_names(tmp_path):
     model = small(dtype=torch.float32)
     save(model, None, tmp_path / "now")
     config = json.loads((tmp_path / "now" / "config.json").read_text())
-    assert config["model_type"] == "lds" and config["base_config_dict"]["tie_word_embeddings"] is False
-    assert (config["encoder_layer_indices"], config["reasoning_layer_indices"], config["decoder_layer_indices"]) == ([0], [1, 2], [3])
-    assert {"base_model_name_or_path", "N", "q_threshold", "q_eval_interval", "halting_strategy", "convergence_epsilon"} <= set(config)
+    assert (
+        config["model_type"] == "lds" and config["base_config_dict"]["tie_word_embeddings"] is False
+    )
+    assert (
+        config["encoder_layer_indices"],
+        config["reasoning_layer_indices"],
+        config["decoder_layer_indices"],
+    ) == ([0], [1, 2], [3])
+    assert {
+        "base_model_name_or_path",
+        "N",
+        "q_threshold",
+        "q_eval_interval",
+        "halting_strategy",
+        "convergence_epsilon",
+    } <= set(config)
     tensors = load_file(tmp_path / "now" / "model.safetensors")
     assert set(tensors) == set(model.state_dict())
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "config.json").write_text(json.dumps(config))
-    save_file({k.replace("reasoning.", "plateau."): v for k, v in tensors.items()}, tmp_path / "old" / "model.safetensors")
+    save_file(
+        {k.replace("reasoning.", "plateau."): v for k, v in tensors.items()},
+        tmp_path / "old" / "model.safetensors",
+    )
     old, _ = load(tmp_path / "old")
-    assert all(torch.equal(a, b) for a, b in zip(old.state_dict().values(), model.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(old.state_dict().values(), model.state_dict().values(), strict=True)
+    )
 
 
 def test_a_save_that_does_not_fit_leaves_what_was_there(tmp_path):
     """A real limit on file sizes stands for the full disk: the weights do not fit, the small files do."""
     save(small(dtype=torch.float32), None, tmp_path / "x")
     before = (tmp_path / "x" / "model.safetensors").read_bytes()
-    code = ("import resource, sys; sys.path[:0] = sys.argv[1:3]\n"
-            "import torch; from conftest import small; from load_weights import save; from appendix.errors import run\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
-            "run(lambda: save(small(seed=9, dtype=torch.float32), None, sys.argv[3]))")
-    done = subprocess.run([sys.executable, "-c", code, ROOT, ROOT / "tests", tmp_path / "x"], capture_output=True, text=True)
-    assert done.returncode == 2 and "could not be written" in done.stderr and done.stderr.count("\n") == 1, done.stderr
-    assert (tmp_path / "x" / "model.safetensors").read_bytes() == before and len(list((tmp_path / "x").iterdir())) == 2
+    code = (
+        "import resource, sys; sys.path[:0] = sys.argv[1:3]\n"
+        "import torch; from conftest import small; from load_weights import save; from appendix.errors import run\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        "run(lambda: save(small(seed=9, dtype=torch.float32), None, sys.argv[3]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, ROOT, ROOT / "tests", tmp_path / "x"],
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode == 2
+        and "could not be written" in done.stderr
+        and done.stderr.count("\n") == 1
+    ), done.stderr
+    assert (tmp_path / "x" / "model.safetensors").read_bytes() == before and len(
+        list((tmp_path / "x").iterdir())
+    ) == 2
 
 
 # ---- strictness ------------------------------------------------------------------------------------------------------
+
 
 def spoil(directory, how):
     file, config = directory / "model.safetensors", directory / "config.json"
@@ -91,16 +159,16 @@ def spoil(directory, how):
     rewrite = lambda change: config.write_text(json.dumps({**fields, **change}))
     tensors = load_file(file)
     if how == "truncated":
-        file.write_bytes(raw[:len(raw) // 2])
+        file.write_bytes(raw[: len(raw) // 2])
     elif how == "empty":
         file.write_bytes(b"")
     elif how == "header lies":
-        file.write_bytes(struct.pack("<Q", size + 10 ** 9) + raw[8:])
+        file.write_bytes(struct.pack("<Q", size + 10**9) + raw[8:])
     elif how == "offsets lie":
-        header = json.loads(raw[8:8 + size])
+        header = json.loads(raw[8 : 8 + size])
         header["model.norm.weight"]["data_offsets"][1] += 4
         text = json.dumps(header).encode()
-        file.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size:])
+        file.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size :])
     elif how == "no file":
         file.unlink()
     elif how == "shape":
@@ -119,7 +187,10 @@ def spoil(directory, how):
         save_file(tensors, file)
     elif how.startswith("pickle"):
         file.unlink()
-        torch.save({"pickle of a list": [1], "pickle of numbers": dict.fromkeys(tensors, 1)}[how], directory / "pytorch_model.bin")
+        torch.save(
+            {"pickle of a list": [1], "pickle of numbers": dict.fromkeys(tensors, 1)}[how],
+            directory / "pytorch_model.bin",
+        )
     elif how == "no config":
         config.unlink()
     elif how == "config is not JSON":
@@ -137,7 +208,7 @@ def spoil(directory, how):
     elif how == "rope, new":
         rewrite({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}})
     elif how == "a billion layers":
-        rewrite({"num_hidden_layers": 10 ** 9})
+        rewrite({"num_hidden_layers": 10**9})
     elif how == "rope is a word":
         rewrite({"rope_parameters": "default"})
     elif how == "small vocabulary":
@@ -147,20 +218,57 @@ def spoil(directory, how):
     elif how == "activation":
         rewrite({"hidden_act": "gelu"})
     elif how == "shard":
-        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {n: "model-00002-of-00002.safetensors" for n in tensors}}))
+        (directory / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {n: "model-00002-of-00002.safetensors" for n in tensors}})
+        )
     elif how == "shard without it":
-        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {**dict.fromkeys(tensors, "model.safetensors"), "nowhere": "model.safetensors"}}))
+        (directory / "model.safetensors.index.json").write_text(
+            json.dumps(
+                {
+                    "weight_map": {
+                        **dict.fromkeys(tensors, "model.safetensors"),
+                        "nowhere": "model.safetensors",
+                    }
+                }
+            )
+        )
     elif how == "index":
         (directory / "model.safetensors.index.json").write_text('{"weight_map": 3}')
 
 
-@pytest.mark.parametrize("how, words", [
-    ("truncated", "model.safetensors"), ("empty", "model.safetensors"), ("header lies", "model.safetensors"), ("offsets lie", "model.safetensors"), ("no file", "no model.safetensors"),
-    ("shape", r"model.layers.2.mlp.up_proj.weight has shape \[79, 48\].*\[80, 48\]"), ("integers", "model.norm.weight is I32"), ("missing", "model.layers.2.mlp.up_proj.weight"),
-    ("extra", "model.layers.2.self_attn.q_proj.bias"), ("untied without head", "lm_head.weight"), ("no config", "config.json"), ("config is not JSON", "config.json"),
-    ("config is a list", "config.json"), ("config lacks a size", "hidden_size"), ("config has a string", "num_hidden_layers"), ("architecture", "gpt_neox"),
-    ("rope", "yarn"), ("rope, new", "llama3"), ("a billion layers", "only 39 tensors"), ("rope is a word", "rope_parameters"), ("small vocabulary", "97 embeddings"), ("bias", "attention_bias"), ("activation", "gelu"), ("shard", "model-00002-of-00002.safetensors"),
-    ("shard without it", "nowhere"), ("index", "weight_map"), ("pickle of a list", "pytorch_model.bin: not a readable"), ("pickle of numbers", "only 0 tensors")])
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        ("truncated", "model.safetensors"),
+        ("empty", "model.safetensors"),
+        ("header lies", "model.safetensors"),
+        ("offsets lie", "model.safetensors"),
+        ("no file", "no model.safetensors"),
+        ("shape", r"model.layers.2.mlp.up_proj.weight has shape \[79, 48\].*\[80, 48\]"),
+        ("integers", "model.norm.weight is I32"),
+        ("missing", "model.layers.2.mlp.up_proj.weight"),
+        ("extra", "model.layers.2.self_attn.q_proj.bias"),
+        ("untied without head", "lm_head.weight"),
+        ("no config", "config.json"),
+        ("config is not JSON", "config.json"),
+        ("config is a list", "config.json"),
+        ("config lacks a size", "hidden_size"),
+        ("config has a string", "num_hidden_layers"),
+        ("architecture", "gpt_neox"),
+        ("rope", "yarn"),
+        ("rope, new", "llama3"),
+        ("a billion layers", "only 39 tensors"),
+        ("rope is a word", "rope_parameters"),
+        ("small vocabulary", "97 embeddings"),
+        ("bias", "attention_bias"),
+        ("activation", "gelu"),
+        ("shard", "model-00002-of-00002.safetensors"),
+        ("shard without it", "nowhere"),
+        ("index", "weight_map"),
+        ("pickle of a list", "pytorch_model.bin: not a readable"),
+        ("pickle of numbers", "only 0 tensors"),
+    ],
+)
 def test_a_spoilt_model_is_one_clear_line(tmp_path, how, words):
     write_backbone(tmp_path, "llama_gqa", old=True)
     spoil(tmp_path, how)
@@ -175,14 +283,19 @@ def test_flipped_bytes_in_the_header_never_crash_nor_load_other_numbers(tmp_path
     size, refused = struct.unpack("<Q", raw[:8])[0], 0
     for _ in range(300):
         at = rng.randrange(8 + size)
-        (tmp_path / "model.safetensors").write_bytes(raw[:at] + bytes([raw[at] ^ (1 << rng.randrange(8))]) + raw[at + 1:])
+        (tmp_path / "model.safetensors").write_bytes(
+            raw[:at] + bytes([raw[at] ^ (1 << rng.randrange(8))]) + raw[at + 1 :]
+        )
         try:
             model, _ = load(tmp_path, split=(1, 1))
         except InputError as error:
             assert "\n" not in str(error)
             refused += 1
         else:
-            assert torch.equal(model.state_dict()["encoder.embed_tokens.weight"], stored["model.embed_tokens.weight"])
+            assert torch.equal(
+                model.state_dict()["encoder.embed_tokens.weight"],
+                stored["model.embed_tokens.weight"],
+            )
     assert refused > 250
 
 
@@ -202,25 +315,46 @@ def test_a_checkpoint_keeps_its_split(tmp_path):
 def test_unknown_backbone_says_which_split_it_took(tmp_path, capsys):
     write_backbone(tmp_path, "llama_gqa")
     model, _ = load(tmp_path)
-    assert (model.config.encoder_layers, model.config.decoder_layers) == (1, 1) and "--split" in capsys.readouterr().err
+    assert (model.config.encoder_layers, model.config.decoder_layers) == (
+        1,
+        1,
+    ) and "--split" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 def test_peak_memory_of_loading(tmp_path):
     """At most 1.2 times the model as loaded, in a process of its own, beyond what the libraries take."""
     D, V = 512, 40000
-    config = BACKBONES["llama_gqa"] | {"vocab_size": V, "hidden_size": D, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 12}
+    config = BACKBONES["llama_gqa"] | {
+        "vocab_size": V,
+        "hidden_size": D,
+        "intermediate_size": 2048,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 12,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file({k: v.to(torch.bfloat16) for k, v in backbone_tensors(config).items()}, tmp_path / "model.safetensors")
-    write_backbone(tmp_path / "tiny", "llama_gqa")       # loaded first: what the libraries take once is not the model's
+    save_file(
+        {k: v.to(torch.bfloat16) for k, v in backbone_tensors(config).items()},
+        tmp_path / "model.safetensors",
+    )
+    write_backbone(
+        tmp_path / "tiny", "llama_gqa"
+    )  # loaded first: what the libraries take once is not the model's
     probe = tmp_path / "probe.py"
-    probe.write_text("import sys, torch; sys.path.insert(0, sys.argv[1]); from load_weights import load\n"
-                     "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) * 1024\n"
-                     "load(sys.argv[4], split=(1, 1))\n"
-                     "before = peak(); model, _ = load(sys.argv[2], split=(1, 1), dtype=getattr(torch, sys.argv[3]))\n"
-                     "print((peak() - before) / sum(p.numel() * p.element_size() for p in model.parameters()))")
+    probe.write_text(
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); from load_weights import load\n"
+        "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) * 1024\n"
+        "load(sys.argv[4], split=(1, 1))\n"
+        "before = peak(); model, _ = load(sys.argv[2], split=(1, 1), dtype=getattr(torch, sys.argv[3]))\n"
+        "print((peak() - before) / sum(p.numel() * p.element_size() for p in model.parameters()))"
+    )
     for dtype in ("float32", "bfloat16"):
-        done = subprocess.run([sys.executable, probe, ROOT, tmp_path, dtype, tmp_path / 'tiny'], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, probe, ROOT, tmp_path, dtype, tmp_path / "tiny"],
+            capture_output=True,
+            text=True,
+        )
         assert 0.5 < float(done.stdout) < 1.2, done.stderr
 
 
@@ -242,24 +376,47 @@ def test_tokenizer_facts():
     sp, byte = Tokenizer(GOLDEN / "sentencepiece"), Tokenizer(GOLDEN / "bytelevel")
     assert (sp.bos_id, sp.eos_id, sp.add_bos) == (1, 2, True) and byte.add_bos is False
     assert byte.encode("hi", bos=True)[0] == byte.bos_id and sp.encode("", bos=True) == [1]
-    assert byte.encode("<|end|>") != [byte.eos_id] and byte.decode([byte.eos_id]) == "<|end|>"      # plain text unless asked for
+    assert (
+        byte.encode("<|end|>") != [byte.eos_id] and byte.decode([byte.eos_id]) == "<|end|>"
+    )  # plain text unless asked for
     assert isinstance(byte.encode("a lone \ud800 surrogate"), list)
 
 
 @pytest.mark.skipif(not (SHARED / "tokenizers").exists(), reason="needs the real vocabularies")
-@pytest.mark.parametrize("folder, facts", [("tokenizers/llama_tinyllama", (1, 2, True)), ("tokenizers/qwen3", (None, 151645, False)), ("models/smollm2-135m-instruct", (1, 2, False))])
+@pytest.mark.parametrize(
+    "folder, facts",
+    [
+        ("tokenizers/llama_tinyllama", (1, 2, True)),
+        ("tokenizers/qwen3", (None, 151645, False)),
+        ("models/smollm2-135m-instruct", (1, 2, False)),
+    ],
+)
 def test_real_vocabularies(folder, facts):
     tokenizer = Tokenizer(SHARED / folder)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos) == facts
-    text = (SHARED / "data" / "wikitext2_raw_test.txt").read_text(encoding="utf-8")[:200000] + "🙂 中文 a  b\t\n\n"
+    text = (SHARED / "data" / "wikitext2_raw_test.txt").read_text(encoding="utf-8")[
+        :200000
+    ] + "🙂 中文 a  b\t\n\n"
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    reference = pytest.importorskip("tokenizers").Tokenizer.from_file(str(SHARED / folder / "tokenizer.json"))
+    reference = pytest.importorskip("tokenizers").Tokenizer.from_file(
+        str(SHARED / folder / "tokenizer.json")
+    )
     assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False).ids
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model": {"type": "Unigram", "vocab": []}}', '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false}}',
-                                     '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "pre_tokenizer": {"type": "Whitespace"}}',
-                                     '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "normalizer": {"type": "NFKC"}, "pre_tokenizer": {"type": "ByteLevel"}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"model": {"type": "Unigram", "vocab": []}}',
+        '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false}}',
+        '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "pre_tokenizer": {"type": "Whitespace"}}',
+        '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "normalizer": {"type": "NFKC"}, "pre_tokenizer": {"type": "ByteLevel"}}',
+    ],
+)
 def test_malformed_tokenizer_is_one_clear_line(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(InputError, match="tokenizer.json") as error:
@@ -277,10 +434,19 @@ def test_tokenizer_files_travel_with_a_checkpoint(tmp_path, backbone):
 
 # ---- the command -----------------------------------------------------------------------------------------------------
 
+
 def test_command_prints_what_it_found(backbone):
     done = script("load_weights.py", backbone, "--split", "2,1")
     assert done.returncode == 0, done.stderr
-    for words in ("llama, 4 layers, 48 wide, 6 query / 2 key-value heads of 8", "layers 0-1", "layers 2-2", "layers 3-3", "float32", "byte-level BPE", "continued"):
+    for words in (
+        "llama, 4 layers, 48 wide, 6 query / 2 key-value heads of 8",
+        "layers 0-1",
+        "layers 2-2",
+        "layers 3-3",
+        "float32",
+        "byte-level BPE",
+        "continued",
+    ):
         assert words in done.stdout
     wrong = script("load_weights.py", backbone / "nowhere")
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "nowhere" in wrong.stderr

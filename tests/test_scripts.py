@@ -1,4 +1,5 @@
 """sample.py, visualize.py and data, run as a user runs them; bad input is one line and exit code 2."""
+
 import gzip
 import itertools
 import json
@@ -23,22 +24,63 @@ from sample import SHADES, shade, summary
 def checkpoint(tmp_path_factory, backbone):
     """A LoopUS checkpoint whose gate is half open, below a folder like a run's."""
     directory = tmp_path_factory.mktemp("work")
-    torch.manual_seed(0)                      # of the gate and the head
+    torch.manual_seed(0)  # of the gate and the head
     model, tokenizer = load(backbone, split=(1, 1))
     save(model, tokenizer, directory / "out" / "toy" / "step-000003")
     records = [{"step": 0, "eval": {"pretrained": 5.0, "1": 6.0, "2": 7.0, "4": 8.0, "8": 9.0}}]
-    records += [{"step": i, "tokens": 9 * i, "lr": 1e-3, "loss": 9.0 - i, "lm": 8.0 - i, "mono": 0.1, "q": 0.9, "tokens_per_s": 5.0} for i in (1, 2, 3)]
+    records += [
+        {
+            "step": i,
+            "tokens": 9 * i,
+            "lr": 1e-3,
+            "loss": 9.0 - i,
+            "lm": 8.0 - i,
+            "mono": 0.1,
+            "q": 0.9,
+            "tokens_per_s": 5.0,
+        }
+        for i in (1, 2, 3)
+    ]
     records += [{"step": 3, "eval": {"pretrained": 5.0, "1": 5.5, "2": 5.6, "4": 5.7, "8": 5.8}}]
-    (directory / "out" / "toy" / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (directory / "out" / "toy" / "log.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in records)
+    )
     return directory / "out" / "toy" / "step-000003"
 
 
 def test_sample_prints_what_generate_gives(checkpoint):
-    done = script("sample.py", "--model", checkpoint, "--prompt", "the gate", "--max-new-tokens", 12, "--temperature", 0, "--budget", 3, "--threshold", 0.5, "--dtype", "float32", "--device", "cpu")
+    done = script(
+        "sample.py",
+        "--model",
+        checkpoint,
+        "--prompt",
+        "the gate",
+        "--max-new-tokens",
+        12,
+        "--temperature",
+        0,
+        "--budget",
+        3,
+        "--threshold",
+        0.5,
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+    )
     assert done.returncode == 0 and done.stderr == "", done.stderr
     model, tokenizer = load(checkpoint)
     prompt = tokenizer.encode("the gate")
-    steps = list(model.generate(torch.tensor([prompt]), 12, budget=3, exit_threshold=0.5, temperature=0, eos_id=tokenizer.eos_id))
+    steps = list(
+        model.generate(
+            torch.tensor([prompt]),
+            12,
+            budget=3,
+            exit_threshold=0.5,
+            temperature=0,
+            eos_id=tokenizer.eos_id,
+        )
+    )
     kept = [s.tokens.item() for s in steps if s.tokens.item() != tokenizer.eos_id]
     assert done.stdout.startswith(tokenizer.decode(prompt + kept)) and "\x1b" not in done.stdout
     loops = [s.loops.item() for s in steps]
@@ -48,13 +90,28 @@ def test_sample_prints_what_generate_gives(checkpoint):
 
 
 def test_sample_takes_the_newest_checkpoint_and_compares(checkpoint, backbone):
-    done = script("sample.py", "--budget", 8, "--max-new-tokens", 5, "--temperature", 0, "--compare", "--dtype", "float32", cwd=checkpoint.parents[2])
+    done = script(
+        "sample.py",
+        "--budget",
+        8,
+        "--max-new-tokens",
+        5,
+        "--temperature",
+        0,
+        "--compare",
+        "--dtype",
+        "float32",
+        cwd=checkpoint.parents[2],
+    )
     assert done.returncode == 0, done.stderr
     model, tokenizer = load(backbone, split=(1, 1))
     ids = torch.tensor([tokenizer.encode("The capital of France is")])
     for _ in range(5):
         ids = torch.cat((ids, model.forward_pretrained(ids)[:, -1:].argmax(-1)), 1)
-    assert done.stdout.rstrip("\n").endswith(tokenizer.decode(ids[0].tolist()).rstrip("\n")) and "pretrained (" in done.stdout
+    assert (
+        done.stdout.rstrip("\n").endswith(tokenizer.decode(ids[0].tolist()).rstrip("\n"))
+        and "pretrained (" in done.stdout
+    )
 
 
 def test_sample_warns_of_an_untrained_recast(backbone):
@@ -63,16 +120,37 @@ def test_sample_warns_of_an_untrained_recast(backbone):
 
 
 def test_shading_darkens_with_the_loops_and_keeps_the_text():
-    assert shade("a\nb", 1, 8) == "\x1b[48;5;231m\x1b[38;5;16ma\x1b[0m\n\x1b[48;5;231m\x1b[38;5;16mb\x1b[0m"
-    assert [f"48;5;{back}m" in shade("x", n + 1, 8) for n, (back, _) in enumerate(SHADES)] == [True] * 8
+    assert (
+        shade("a\nb", 1, 8)
+        == "\x1b[48;5;231m\x1b[38;5;16ma\x1b[0m\n\x1b[48;5;231m\x1b[38;5;16mb\x1b[0m"
+    )
+    assert [f"48;5;{back}m" in shade("x", n + 1, 8) for n, (back, _) in enumerate(SHADES)] == [
+        True
+    ] * 8
     assert "48;5;231m" in shade("x", 1, 1) and summary([], [], 8) == "no token was generated"
 
 
 def test_visualize_writes_every_figure(checkpoint, corpus, tmp_path):
-    done = script("visualize.py", "--model", checkpoint, "--prompt", "gate", "--prompt", "the state $h$", "--loops", 6, "--data", corpus, "--out", tmp_path)
+    done = script(
+        "visualize.py",
+        "--model",
+        checkpoint,
+        "--prompt",
+        "gate",
+        "--prompt",
+        "the state $h$",
+        "--loops",
+        6,
+        "--data",
+        corpus,
+        "--out",
+        tmp_path,
+    )
     assert done.returncode == 0 and "proposed" in done.stdout, done.stderr
     for name in ("trajectories", "profile", "budget", "training"):
-        assert (tmp_path / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and (tmp_path / f"{name}.png").stat().st_size > 10000
+        assert (tmp_path / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and (
+            tmp_path / f"{name}.png"
+        ).stat().st_size > 10000
     assert len(list(tmp_path.iterdir())) == 4
 
 
@@ -84,55 +162,86 @@ def test_what_the_figures_show():
         torch.testing.assert_close(states[b], h[0, -1].float())
         new, _ = model.loop(h)
         m = model.pretrained_loop(h)
-        torch.testing.assert_close(alphas[b], ((new - h) / (m - h))[0, -1].float(), rtol=1e-3, atol=1e-4)     # eq. 5 solved for α
+        torch.testing.assert_close(
+            alphas[b], ((new - h) / (m - h))[0, -1].float(), rtol=1e-3, atol=1e-4
+        )  # eq. 5 solved for α
         h = new
     cosine, euclid = visualize.distances(states)
     assert euclid[0].item() == pytest.approx((states[1] - states[0]).norm().item(), rel=1e-5)
-    assert cosine[0].item() == pytest.approx(1 - torch.cosine_similarity(states[0], states[1], dim=0).item(), abs=1e-6)
+    assert cosine[0].item() == pytest.approx(
+        1 - torch.cosine_similarity(states[0], states[1], dim=0).item(), abs=1e-6
+    )
     points, share = visualize.pca(states)
     values = torch.linalg.eigvalsh(torch.cov(states.double().T, correction=0)).flip(0)
-    assert share == pytest.approx((values[:2] / values.sum()).tolist()) and points.square().sum(0).tolist() == pytest.approx((values[:2] * 4).tolist())
+    assert share == pytest.approx((values[:2] / values.sum()).tolist()) and points.square().sum(
+        0
+    ).tolist() == pytest.approx((values[:2] * 4).tolist())
     layers = visualize.layer_states(model, [ids])
     assert layers.shape == (5, 6, 32)
     torch.testing.assert_close(layers[1], model.encode(ids)[0].float())
     losses = visualize.loss_by_budget(model, ids, 4)
     assert set(losses) == {"pretrained", 1, 2, 4}
-    assert losses[2] == pytest.approx(torch.nn.functional.cross_entropy(model(ids, 2)[0, :-1], ids[0, 1:]).item())
+    assert losses[2] == pytest.approx(
+        torch.nn.functional.cross_entropy(model(ids, 2)[0, :-1], ids[0, 1:]).item()
+    )
 
 
-@pytest.mark.parametrize("change, split", [([.98, .16, .04, .03, .04, .05, .25], (2, 1)), ([.5, .1, .1, .1], (1, 1)), ([.9, .9, .9, .1, .1, .1, .1, .1, .1, .5, .5], (3, 2)), ([.1] * 5, (1, 1)), ([.9, .1, .9], (1, 1))])
+@pytest.mark.parametrize(
+    "change, split",
+    [
+        ([0.98, 0.16, 0.04, 0.03, 0.04, 0.05, 0.25], (2, 1)),
+        ([0.5, 0.1, 0.1, 0.1], (1, 1)),
+        ([0.9, 0.9, 0.9, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.5, 0.5], (3, 2)),
+        ([0.1] * 5, (1, 1)),
+        ([0.9, 0.1, 0.9], (1, 1)),
+    ],
+)
 def test_proposed_split(change, split):
     assert visualize.propose_split(torch.tensor(change)) == split
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
+
 def test_every_file_format_gives_the_same_documents(tmp_path):
     import pyarrow
     import pyarrow.parquet
-    texts = ["first\n\ndocument", "zweites é 🙂", "", "third"]      # an empty one is none
+
+    texts = ["first\n\ndocument", "zweites é 🙂", "", "third"]  # an empty one is none
     lines = "".join(json.dumps({"text": t, "source": "x"}) + "\n" for t in texts)
     (tmp_path / "a.jsonl").write_text(lines + "\n", encoding="utf-8")
     with gzip.open(tmp_path / "a.jsonl.gz", "wt", encoding="utf-8") as f:
         f.write(lines)
     with lzma.open(tmp_path / "a.v2.jsonl.xz", "wt", encoding="utf-8") as f:
         f.write(lines)
-    pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2, 3, 4], "text": texts}), tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"id": [1, 2, 3, 4], "text": texts}), tmp_path / "a.parquet"
+    )
     (tmp_path / "a.txt").write_text(texts[0], encoding="utf-8")
     for name in ("a.jsonl", "a.jsonl.gz", "a.v2.jsonl.xz", "a.parquet"):
-        assert list(data.documents(tmp_path / name)) == [(0, texts[0]), (1, texts[1]), (3, texts[3])], name
+        assert list(data.documents(tmp_path / name)) == [
+            (0, texts[0]),
+            (1, texts[1]),
+            (3, texts[3]),
+        ], name
         assert list(data.documents(tmp_path / name, skip=1)) == [(1, texts[1]), (3, texts[3])], name
     assert list(data.documents(tmp_path / "a.txt")) == [(0, texts[0])]
 
 
 def test_packing_loses_nothing_and_counts_truly(corpus):
     tokenizer = Tokenizer(GOLDEN / "bytelevel")
-    stream = [i for _, text in data.documents(corpus) for i in tokenizer.encode(text) + [tokenizer.eos_id]]
+    stream = [
+        i for _, text in data.documents(corpus) for i in tokenizer.encode(text) + [tokenizer.eos_id]
+    ]
     rows = [row for row, _ in data.sequences(data.shards(corpus), tokenizer, 32)]
-    assert [i for row in rows for i in row] == stream[:len(stream) // 32 * 32] and {len(row) for row in rows} == {32}
+    assert [i for row in rows for i in row] == stream[: len(stream) // 32 * 32] and {
+        len(row) for row in rows
+    } == {32}
     one_epoch, batches = len(rows), data.batches(corpus, tokenizer, 4, 32, seed=0)
     shuffled = torch.cat([next(batches)[0] for _ in range(one_epoch // 4)])
-    assert shuffled.shape == (one_epoch // 4 * 4, 32) and not torch.equal(shuffled[:40], torch.tensor(rows[:40]))
+    assert shuffled.shape == (one_epoch // 4 * 4, 32) and not torch.equal(
+        shuffled[:40], torch.tensor(rows[:40])
+    )
     assert {tuple(r) for r in shuffled.tolist()} <= {tuple(r) for r in rows}
     again, _ = next(data.batches(corpus, tokenizer, 4, 32, seed=0))
     assert torch.equal(again, shuffled[:4])
@@ -140,24 +249,41 @@ def test_packing_loses_nothing_and_counts_truly(corpus):
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt"])
 @pytest.mark.parametrize("batch_size, seq_len, skip", [(3, 8, 5), (7, 32, 0)])
-def test_the_stream_goes_on_from_any_position_as_if_it_had_never_stopped(tmp_path, corpus, monkeypatch, kind, batch_size, seq_len, skip):
+def test_the_stream_goes_on_from_any_position_as_if_it_had_never_stopped(
+    tmp_path, corpus, monkeypatch, kind, batch_size, seq_len, skip
+):
     """Over two epochs, parts of 50 sequences, documents shorter and longer than a part: the position behind a batch gives the batches that followed it."""
     import pyarrow
     import pyarrow.parquet
-    texts = [json.loads(line)["text"] for line in corpus.read_text(encoding="utf-8").splitlines()][:60] + ["word " * 3000]
+
+    texts = [json.loads(line)["text"] for line in corpus.read_text(encoding="utf-8").splitlines()][
+        :60
+    ] + ["word " * 3000]
     path, tokenizer = tmp_path / f"a.{kind}", Tokenizer(GOLDEN / "bytelevel")
     if kind == "parquet":
         pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=7)
     else:
-        path.write_text("\n".join(texts) if kind == "txt" else "".join(json.dumps({"text": t}) + "\n\n" for t in texts), encoding="utf-8")
+        path.write_text(
+            "\n".join(texts)
+            if kind == "txt"
+            else "".join(json.dumps({"text": t}) + "\n\n" for t in texts),
+            encoding="utf-8",
+        )
     monkeypatch.setattr(data, "SHUFFLE", 50)
-    stream = lambda position=None: data.batches(path, tokenizer, batch_size, seq_len, 3, skip, position)
+    stream = lambda position=None: data.batches(
+        path, tokenizer, batch_size, seq_len, 3, skip, position
+    )
     count = 2 * len(list(data.sequences(data.shards(path), tokenizer, seq_len))) // batch_size
-    made = [(ids, json.loads(json.dumps(position))) for ids, position in itertools.islice(stream(), count)]
+    made = [
+        (ids, json.loads(json.dumps(position)))
+        for ids, position in itertools.islice(stream(), count)
+    ]
     for i in [0, 1, count // 2 - 1, count // 2, *range(3, count - 4, max(1, count // 12))]:
-        for (ids, position), (again, other) in zip(made[i + 1:i + 30], stream(made[i][1])):
+        for (ids, position), (again, other) in zip(made[i + 1 : i + 30], stream(made[i][1])):
             assert torch.equal(ids, again) and position == other
-    assert all(sum(len(row) for row in position["left"]) < batch_size * seq_len for _, position in made)
+    assert all(
+        sum(len(row) for row in position["left"]) < batch_size * seq_len for _, position in made
+    )
 
 
 def test_documents_start_with_bos_where_the_tokenizer_adds_it(tmp_path):
@@ -179,17 +305,34 @@ def test_held_out_sequences_are_not_trained_on(tmp_path):
     with pytest.raises(InputError, match="held out"):
         data.held_out(tmp_path / "a.txt", tokenizer, 32, 5000)
 
+
 def test_a_parquet_column_of_numbers_is_refused(tmp_path):
     import pyarrow
     import pyarrow.parquet
+
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "a.parquet")
     with pytest.raises(InputError, match="int64"):
         next(data.documents(tmp_path / "a.parquet"))
 
-@pytest.mark.parametrize("name, content, words", [
-    ("a.jsonl", b"", "too little text"), ("a.txt", b"", "too little text"), ("a.jsonl", b'{"text": "x"}\n{"txt": 3}\n', "line 2"), ("a.jsonl", b'{"text": 3}\n', "expected a string"),
-    ("a.jsonl", b'{"text": "x"\n', "line 1"), ("a.txt", b"\xff\xfe\x00", "not readable"), ("a.jsonl.gz", b"no gzip", "not readable"), ("a.jsonl.gz", gzip.compress(b"{}" * 999)[:12] + b"\xff" * 20, "not readable"), ("a.jsonl.xz", lzma.compress(b"{}" * 999)[:40], "not readable"),
-    ("a.parquet", b"PAR1", "not readable"), ("a.csv", b"x", "expected a .txt"), ("a.txt", b"too short", "too little text"), ("missing.txt", None, "not readable")])
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.jsonl", b"", "too little text"),
+        ("a.txt", b"", "too little text"),
+        ("a.jsonl", b'{"text": "x"}\n{"txt": 3}\n', "line 2"),
+        ("a.jsonl", b'{"text": 3}\n', "expected a string"),
+        ("a.jsonl", b'{"text": "x"\n', "line 1"),
+        ("a.txt", b"\xff\xfe\x00", "not readable"),
+        ("a.jsonl.gz", b"no gzip", "not readable"),
+        ("a.jsonl.gz", gzip.compress(b"{}" * 999)[:12] + b"\xff" * 20, "not readable"),
+        ("a.jsonl.xz", lzma.compress(b"{}" * 999)[:40], "not readable"),
+        ("a.parquet", b"PAR1", "not readable"),
+        ("a.csv", b"x", "expected a .txt"),
+        ("a.txt", b"too short", "too little text"),
+        ("missing.txt", None, "not readable"),
+    ],
+)
 def test_bad_data_is_one_clear_line(tmp_path, backbone, name, content, words):
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -200,13 +343,33 @@ def test_bad_data_is_one_clear_line(tmp_path, backbone, name, content, words):
 
 # ---- bad flags -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("command, words", [
-    (["sample.py", "--budget", 0], "--budget"), (["sample.py", "--threshold", 1.5], "--threshold"), (["sample.py", "--top-p", 0], "--top-p"), (["sample.py", "--temperature", -1], "--temperature"),
-    (["sample.py", "--halt", "never"], "--halt"), (["sample.py", "--model", "tiny-loopus", "--compare"], "--prompt"), (["sample.py", "--prompt", ""], "--prompt"),
-    (["sample.py", "--device", "cuda:77"], "--device cuda:77"), (["sample.py", "--device", "abacus"], "--device abacus"), (["sample.py", "--split", "1"], "--split"), (["sample.py", "--split", "9,9"], "split"),
-    (["sample.py", "--max-new-tokens", 0], "--max-new-tokens"), (["visualize.py", "--loops", 0], "--loops"), (["visualize.py", "--prompt", ""], "--prompt"), (["visualize.py", "--data", "none.txt"], "none.txt"),
-    (["train.py", "--seq-len", 32, "--data", "none.txt"], "none.txt"), (["train.py", "--seq-len", 4096, "--data", "none.txt"], "--seq-len 4096"), (["train.py", "--loops", 3, "--supervised", 4, "--data", "x"], "--supervised"), (["train.py"], "--data"), (["train.py", "--steps", "many"], "--steps"),
-    (["train.py", "--gate-init", "shut"], "--gate-init")])
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        (["sample.py", "--budget", 0], "--budget"),
+        (["sample.py", "--threshold", 1.5], "--threshold"),
+        (["sample.py", "--top-p", 0], "--top-p"),
+        (["sample.py", "--temperature", -1], "--temperature"),
+        (["sample.py", "--halt", "never"], "--halt"),
+        (["sample.py", "--model", "tiny-loopus", "--compare"], "--prompt"),
+        (["sample.py", "--prompt", ""], "--prompt"),
+        (["sample.py", "--device", "cuda:77"], "--device cuda:77"),
+        (["sample.py", "--device", "abacus"], "--device abacus"),
+        (["sample.py", "--split", "1"], "--split"),
+        (["sample.py", "--split", "9,9"], "split"),
+        (["sample.py", "--max-new-tokens", 0], "--max-new-tokens"),
+        (["visualize.py", "--loops", 0], "--loops"),
+        (["visualize.py", "--prompt", ""], "--prompt"),
+        (["visualize.py", "--data", "none.txt"], "none.txt"),
+        (["train.py", "--seq-len", 32, "--data", "none.txt"], "none.txt"),
+        (["train.py", "--seq-len", 4096, "--data", "none.txt"], "--seq-len 4096"),
+        (["train.py", "--loops", 3, "--supervised", 4, "--data", "x"], "--supervised"),
+        (["train.py"], "--data"),
+        (["train.py", "--steps", "many"], "--steps"),
+        (["train.py", "--gate-init", "shut"], "--gate-init"),
+    ],
+)
 def test_bad_flags(checkpoint, command, words, tmp_path):
     done = script(*command, *["--model", checkpoint] * ("--model" not in command), cwd=tmp_path)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
@@ -215,31 +378,116 @@ def test_bad_flags(checkpoint, command, words, tmp_path):
 
 def test_unwritable_out(checkpoint, corpus, tmp_path):
     (tmp_path / "file").write_text("mine")
-    done = script("train.py", "--model", checkpoint, "--data", corpus, "--seq-len", 32, "--steps", 1, "--out", tmp_path / "file" / "run")
-    assert done.returncode == 2 and "--out" in done.stderr and "Traceback" not in done.stderr and (tmp_path / "file").read_text() == "mine"
+    done = script(
+        "train.py",
+        "--model",
+        checkpoint,
+        "--data",
+        corpus,
+        "--seq-len",
+        32,
+        "--steps",
+        1,
+        "--out",
+        tmp_path / "file" / "run",
+    )
+    assert (
+        done.returncode == 2
+        and "--out" in done.stderr
+        and "Traceback" not in done.stderr
+        and (tmp_path / "file").read_text() == "mine"
+    )
     done = script("visualize.py", "--model", checkpoint, "--loops", 2, "--out", tmp_path / "file")
-    assert done.returncode == 2 and "--out" in done.stderr and (tmp_path / "file").read_text() == "mine"
+    assert (
+        done.returncode == 2
+        and "--out" in done.stderr
+        and (tmp_path / "file").read_text() == "mine"
+    )
 
 
 def test_a_text_longer_than_the_context_slides(checkpoint):
-    done = script("sample.py", "--model", checkpoint, "--prompt", "long " * 40, "--max-new-tokens", 4, "--window", 20, "--temperature", 0, "--device", "cpu", "--dtype", "float32")
-    assert done.returncode == 0 and "attends to the last 20" in done.stderr and "mean" in done.stdout, done.stderr
+    done = script(
+        "sample.py",
+        "--model",
+        checkpoint,
+        "--prompt",
+        "long " * 40,
+        "--max-new-tokens",
+        4,
+        "--window",
+        20,
+        "--temperature",
+        0,
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    )
+    assert (
+        done.returncode == 0 and "attends to the last 20" in done.stderr and "mean" in done.stdout
+    ), done.stderr
 
 
 def test_ctrl_c_keeps_what_was_generated_and_prints_the_summary(checkpoint):
-    command = [sys.executable, "-u", str(ROOT / "sample.py"), "--model", str(checkpoint), "--prompt", "the gate", "--max-new-tokens", "1000000", "--temperature", "1", "--seed", "3", "--halt", "none"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": "utf-8"}) as running:
-        first = running.stdout.read(60)                  # some tokens are out
+    command = [
+        sys.executable,
+        "-u",
+        str(ROOT / "sample.py"),
+        "--model",
+        str(checkpoint),
+        "--prompt",
+        "the gate",
+        "--max-new-tokens",
+        "1000000",
+        "--temperature",
+        "1",
+        "--seed",
+        "3",
+        "--halt",
+        "none",
+    ]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    ) as running:
+        first = running.stdout.read(60)  # some tokens are out
         running.send_signal(signal.SIGINT)
         rest, errors = running.communicate(timeout=60)
-    assert running.returncode == 0 and b"Traceback" not in errors and first.startswith(b"the gate") and "mean 8.00 of 8 loops" in rest.decode(), errors
+    assert (
+        running.returncode == 0
+        and b"Traceback" not in errors
+        and first.startswith(b"the gate")
+        and "mean 8.00 of 8 loops" in rest.decode()
+    ), errors
 
 
 def test_bench_prints_its_table_and_visualize_draws_it(tmp_path):
-    done = script("bench.py", "--shape", "tiny", "--rounds", 2, "--contexts", 4, 8, "--batches", 1, 2, "--out", tmp_path / "bench.json")
+    done = script(
+        "bench.py",
+        "--shape",
+        "tiny",
+        "--rounds",
+        2,
+        "--contexts",
+        4,
+        8,
+        "--batches",
+        1,
+        2,
+        "--out",
+        tmp_path / "bench.json",
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "bench.json").read_text())
-    assert [row["context"] for row in found["contexts"]] == [4, 8] and found["read_rate"] > 1e8 and found["eager 1"] > 0
+    assert (
+        [row["context"] for row in found["contexts"]] == [4, 8]
+        and found["read_rate"] > 1e8
+        and found["eager 1"] > 0
+    )
     assert "of the bound" in done.stdout and "x the line" in done.stdout
     drawn = script("visualize.py", "--bench", tmp_path / "bench.json", "--out", tmp_path)
-    assert drawn.returncode == 0 and (tmp_path / "speed.png").read_bytes()[:4] == b"\x89PNG", drawn.stderr
+    assert drawn.returncode == 0 and (tmp_path / "speed.png").read_bytes()[:4] == b"\x89PNG", (
+        drawn.stderr
+    )
