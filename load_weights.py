@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from appendix.errors import InputError, require, run
-from appendix.files import place, read_json, write_text
+from appendix.files import read_json, write_whole, write_text
 from appendix.flags import parse_split
 from appendix.hub import EMBEDDED, PRESETS, find, weight_files
 from appendix.memory import NoInit
@@ -383,11 +383,11 @@ def save(model, tokenizer, directory, tensors=None):
         directory.mkdir(parents=True, exist_ok=True)
         write_text(directory / "config.json", json.dumps(published_config(model), indent=2) + "\n")
         for name, content in (tokenizer.files if tokenizer else {}).items():
-            place(directory / name, lambda path: path.write_bytes(content))
+            write_whole(directory / name, lambda path: path.write_bytes(content))
         state = {
             name: tensor.contiguous() for name, tensor in (tensors or model.state_dict()).items()
         }
-        place(
+        write_whole(
             directory / "model.safetensors",
             lambda path: save_file(state, path, metadata={"format": "pt"}),
         )

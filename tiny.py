@@ -27,7 +27,7 @@ from torch import nn
 from safetensors.torch import save_file
 
 from appendix.errors import require, run
-from appendix.files import place, read_json, write_text
+from appendix.files import read_json, write_whole, write_text
 from load_weights import backbone_name, load
 from loopus import ADDED, LoopUS, LoopUSConfig
 
@@ -212,7 +212,7 @@ def make_base(directory):
         for name, p in model.state_dict().items()
         if not name.startswith(ADDED)
     }
-    place(
+    write_whole(
         directory / "model.safetensors",
         lambda path: save_file(tensors, path, metadata={"format": "pt"}),
     )

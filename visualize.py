@@ -27,7 +27,7 @@ from matplotlib.ticker import MaxNLocator
 import tiny
 from appendix import data
 from appendix.errors import InputError, require, run
-from appendix.files import place, read_json
+from appendix.files import read_json, write_whole
 from appendix.flags import add_model_flags, number, pick_device, pick_dtype
 from appendix.hub import find, newest_checkpoint
 from load_weights import load
@@ -424,7 +424,7 @@ def finish(fig, path):
     """Write a figure beside and rename it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        place(path, lambda partial: fig.savefig(partial, format="png"))
+        write_whole(path, lambda partial: fig.savefig(partial, format="png"))
     except OSError as error:
         raise InputError(f"--out {path.parent}: not writable ({error})") from None
     plt.close(fig)

@@ -15,7 +15,7 @@ def read_json(path):
     return value
 
 
-def place(path, write):
+def write_whole(path, write):
     """Have `write` make a file beside `path`, and rename it: none is ever half written."""
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -26,7 +26,7 @@ def place(path, write):
 
 
 def write_text(path, text):
-    place(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def sha256(path):
