@@ -1,4 +1,7 @@
-"""What several tests need: random backbones on disk in every format that is loaded, and small models."""
+"""What several tests need: random backbones on disk, small models, and a script run as a user does.
+
+First the backbones and how they are written, then `small`, then `script`, then the fixtures.
+"""
 
 import json
 import os
@@ -18,7 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 from loopus import LoopUS, LoopUSConfig  # noqa: E402
 
-# name: Hugging Face config of a random backbone; golden/logits.safetensors has what transformers makes of each
+# Name -> Hugging Face config of a random backbone. golden/logits.safetensors has what transformers
+# computes with each of them.
 BACKBONES = {
     "llama_gqa": {
         "model_type": "llama",
@@ -61,126 +65,170 @@ BACKBONES = {
         "tie_word_embeddings": True,
     },
 }
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+# The fields of `small`'s config: every size is another, so that a mixed-up one does not fit.
+SMALL = {
+    "model_type": "qwen3",
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "max_position_embeddings": 64,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "loops": 4,
+}
+
+
+# ---- backbones on disk ---------------------------------------------------------------------------
+
+
+def layer_shapes(config):
+    """Names within a layer -> shapes."""
+    D, I = config["hidden_size"], config["intermediate_size"]
+    K = config.get("head_dim", D // config["num_attention_heads"])
+    queries = config["num_attention_heads"] * K
+    keys = config["num_key_value_heads"] * K
+    shapes = {
+        "input_layernorm.weight": (D,),
+        "post_attention_layernorm.weight": (D,),
+        "self_attn.q_proj.weight": (queries, D),
+        "self_attn.k_proj.weight": (keys, D),
+        "self_attn.v_proj.weight": (keys, D),
+        "self_attn.o_proj.weight": (D, queries),
+        "mlp.gate_proj.weight": (I, D),
+        "mlp.up_proj.weight": (I, D),
+        "mlp.down_proj.weight": (D, I),
+    }
+    if config["model_type"] == "qwen3":
+        shapes |= {"self_attn.q_norm.weight": (K,), "self_attn.k_norm.weight": (K,)}
+    return shapes
+
+
+def backbone_shapes(config):
+    """Hugging Face names -> shapes, of a whole backbone."""
+    V, D = config["vocab_size"], config["hidden_size"]
+    shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (V, D)
+    for i in range(config["num_hidden_layers"]):
+        for name, shape in layer_shapes(config).items():
+            shapes[f"model.layers.{i}.{name}"] = shape
+    return shapes
 
 
 def backbone_tensors(config, seed=0):
-    """Hugging Face names -> fp32 tensors drawn by numpy, the same everywhere; norms near 1, the rest large enough to matter."""
-    rng, c = np.random.default_rng(seed), config
-    D, I, H, G = (
-        c["hidden_size"],
-        c["intermediate_size"],
-        c["num_attention_heads"],
-        c["num_key_value_heads"],
-    )
-    K = c.get("head_dim", D // H)
-    shapes = {"model.embed_tokens.weight": (c["vocab_size"], D), "model.norm.weight": (D,)}
-    if not c["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (c["vocab_size"], D)
-    for i in range(c["num_hidden_layers"]):
-        p = f"model.layers.{i}."
-        shapes |= {
-            p + "input_layernorm.weight": (D,),
-            p + "post_attention_layernorm.weight": (D,),
-            p + "self_attn.q_proj.weight": (H * K, D),
-            p + "self_attn.k_proj.weight": (G * K, D),
-            p + "self_attn.v_proj.weight": (G * K, D),
-            p + "self_attn.o_proj.weight": (D, H * K),
-            p + "mlp.gate_proj.weight": (I, D),
-            p + "mlp.up_proj.weight": (I, D),
-            p + "mlp.down_proj.weight": (D, I),
-        }
-        if c["model_type"] == "qwen3":
-            shapes |= {p + "self_attn.q_norm.weight": (K,), p + "self_attn.k_norm.weight": (K,)}
-    draw = lambda name, shape: (
-        1 + 0.2 * rng.standard_normal(shape)
-        if "norm" in name
-        else rng.standard_normal(shape) * 1.5 * shape[-1] ** -0.5
-    )
-    return {
-        name: torch.from_numpy(draw(name, shape).astype(np.float32))
-        for name, shape in shapes.items()
-    }
+    """Hugging Face names -> fp32 tensors, the same on every machine, since numpy draws them.
 
-
-def write_backbone(directory, name, dtype=torch.float32, shards=1, old=False, seed=0):
-    """A backbone as a Hugging Face directory, config.json in the old style or the new."""
-    directory.mkdir(parents=True, exist_ok=True)
-    config = dict(BACKBONES[name])
-    tensors = {k: v.to(dtype) for k, v in backbone_tensors(config, seed).items()}
-    written, word = dict(config), str(dtype).removeprefix("torch.")
-    written["architectures"] = [
-        {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[config["model_type"]]
-    ]
-    if old:
-        written |= {"rope_scaling": None, "torch_dtype": word}
-    else:
-        written |= {
-            "rope_parameters": {"rope_type": "default", "rope_theta": written.pop("rope_theta")},
-            "dtype": word,
-        }
-    (directory / "config.json").write_text(json.dumps(written))
-    if shards == 1:
-        save_file(tensors, directory / "model.safetensors")
-    else:
-        names, index = sorted(tensors), {}
-        for i in range(shards):
-            file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-            save_file({n: tensors[n] for n in names[i::shards]}, directory / file)
-            index |= dict.fromkeys(names[i::shards], file)
-        (directory / "model.safetensors.index.json").write_text(
-            json.dumps({"metadata": {}, "weight_map": index})
-        )
+    Norms are near 1, and the rest is large enough that every part of a layer matters.
+    """
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for name, shape in backbone_shapes(config).items():
+        x = rng.standard_normal(shape)
+        x = 1 + 0.2 * x if "norm" in name else x * 1.5 * shape[-1] ** -0.5
+        tensors[name] = torch.from_numpy(x.astype(np.float32))
     return tensors
 
 
-def small(seed=0, gate=True, dtype=torch.float64, **changes):
-    """A random model of every added part too, fp64 so that comparisons can be strict. Its gate is about half open and varied."""
-    torch.manual_seed(seed)
-    fields = {
-        "model_type": "qwen3",
-        "vocab_size": 50,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 10,
-        "max_position_embeddings": 64,
-        "encoder_layers": 1,
-        "decoder_layers": 1,
-        "loops": 4,
+def write_backbone(directory, name, dtype=torch.float32, shards=1, old=False, seed=0):
+    """Write a backbone as a Hugging Face directory; -> its tensors.
+
+    old: config.json as transformers 4 wrote it, else as transformers 5 does.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    config = dict(BACKBONES[name])
+    tensors = {
+        tensor_name: x.to(dtype) for tensor_name, x in backbone_tensors(config, seed).items()
     }
-    model = LoopUS(LoopUSConfig(**fields | changes)).to(dtype)
+    dtype_name = str(dtype).removeprefix("torch.")
+    fields = config | {"architectures": [ARCHITECTURES[config["model_type"]]]}
+    if old:
+        fields |= {"rope_scaling": None, "torch_dtype": dtype_name}
+    else:
+        rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
+        fields |= {"rope_parameters": rope, "dtype": dtype_name}
+    (directory / "config.json").write_text(json.dumps(fields))
+    if shards == 1:
+        save_file(tensors, directory / "model.safetensors")
+    else:
+        write_shards(directory, tensors, shards)
+    return tensors
+
+
+def write_shards(directory, tensors, shards):
+    """Spread the tensors over several files, with the index that says which file has which."""
+    names = sorted(tensors)
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        save_file({name: tensors[name] for name in names[i::shards]}, directory / file)
+        weight_map |= dict.fromkeys(names[i::shards], file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+# ---- a small model -------------------------------------------------------------------------------
+
+
+def small(seed=0, gate=True, dtype=torch.float64, **changes):
+    """A random model, the added parts random too; fp64, so that comparisons can be strict.
+
+    gate: make the gate about half open, differently in every channel; else leave it as it starts.
+    """
+    torch.manual_seed(seed)
+    model = LoopUS(LoopUSConfig(**SMALL | changes)).to(dtype)
     for name, p in model.named_parameters():
         if "norm" in name:
             p.data += 0.2 * torch.randn_like(p)
         elif "embed" not in name and "gate." not in name and p.dim() == 2:
             p.data *= 2
     if gate:
-        model.reasoning.gate.A_log.data = torch.randn(model.config.hidden_size, dtype=dtype)
-        model.reasoning.gate.delta_proj.bias.data = torch.randn(
-            model.config.hidden_size, dtype=dtype
-        )
+        D = model.config.hidden_size
+        model.reasoning.gate.A_log.data = torch.randn(D, dtype=dtype)
+        model.reasoning.gate.delta_proj.bias.data = torch.randn(D, dtype=dtype)
     return model
 
 
+# ---- commands ------------------------------------------------------------------------------------
+
+
+def environment(**changes):
+    """The environment of a script: the user's own, but for what changes its output's encoding.
+
+    Only tests/test_hub.py is about the network: it says HF_HUB_OFFLINE="0".
+    """
+    own = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("LC_ALL", "PYTHONIOENCODING")
+    }
+    return own | {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"} | changes
+
+
+def command_line(name, *args):
+    """What a shell would be given to run a script of this repository: a list of strings."""
+    return [sys.executable, str(ROOT / name), *map(str, args)]
+
+
 def script(*args, cwd=None, timeout=300, **env):
-    """Run a command as a user runs it."""
+    """Run a script as a user runs it: args are its name and its flags; env is changed in it."""
     return subprocess.run(
-        [sys.executable, str(ROOT / args[0]), *map(str, args[1:])],
+        command_line(*args),
         cwd=cwd,
         capture_output=True,
-        text=True,
         timeout=timeout,
         encoding="utf-8",
-        env={
-            **os.environ,
-            "PYTHONIOENCODING": "utf-8",
-            "OMP_NUM_THREADS": "2",
-            "HF_HUB_OFFLINE": "1",
-            **env,
-        },
+        errors="replace",
+        env=environment(**env),
     )
+
+
+# ---- what is made once ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -188,28 +236,21 @@ def backbone(tmp_path_factory):
     """A small backbone with a tokenizer: what the scripts are run on."""
     directory = tmp_path_factory.mktemp("models") / "toy"
     directory.mkdir()
-    vocab = (
-        len(
-            json.loads((GOLDEN / "bytelevel" / "tokenizer.json").read_text(encoding="utf-8"))[
-                "model"
-            ]["vocab"]
-        )
-        + 3
-    )
-    config = BACKBONES["llama_gqa"] | {"vocab_size": vocab}
-    (directory / "config.json").write_text(json.dumps(config))
-    save_file(backbone_tensors(config), directory / "model.safetensors")
     for file in (GOLDEN / "bytelevel").iterdir():
         (directory / file.name).write_bytes(file.read_bytes())
+    tokenizer = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab_size = len(tokenizer["model"]["vocab"]) + len(tokenizer["added_tokens"])
+    config = BACKBONES["llama_gqa"] | {"vocab_size": vocab_size}
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(backbone_tensors(config), directory / "model.safetensors")
     return directory
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
+    """A text to train on, as JSON Lines: the paragraphs of loopus.py, twice."""
     path = tmp_path_factory.mktemp("text") / "corpus.jsonl"
-    line = (ROOT / "loopus.py").read_text(encoding="utf-8")
-    path.write_text(
-        "".join(json.dumps({"text": part}) + "\n" for part in line.split("\n\n") * 2),
-        encoding="utf-8",
-    )
+    paragraphs = (ROOT / "loopus.py").read_text(encoding="utf-8").split("\n\n")
+    lines = [json.dumps({"text": paragraph}) + "\n" for paragraph in paragraphs * 2]
+    path.write_text("".join(lines), encoding="utf-8")
     return path
