@@ -5,6 +5,7 @@ First the backbones and how they are written, then `small`, then `script`, then 
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -208,6 +209,11 @@ def environment(**changes):
         if name not in ("LC_ALL", "PYTHONIOENCODING")
     }
     return own | {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"} | changes
+
+
+def flags(line):
+    """The flags of a command, as one writes them in a shell, as a list."""
+    return shlex.split(line)
 
 
 def command_line(name, *args):

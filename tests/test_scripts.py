@@ -1,184 +1,193 @@
-"""sample.py, visualize.py and bench.py, run as a user runs them; bad input is one line and exit code 2."""
+"""sample.py, visualize.py and bench.py, run as a user runs them; what bad input leads to."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, script, small
+import torch.nn.functional as F
+from conftest import command_line, environment, flags, script, small
 
 import visualize
 from load_weights import load, save
 from sample import SHADES, shade, summary
 
+PNG = b"\x89PNG\r\n\x1a\n"  # how every PNG file begins
+
+
+def run_records():
+    """log.jsonl of a run of three steps, as train.py writes it."""
+    records = [{"step": 0, "eval": {"pretrained": 5.0, "1": 6.0, "2": 7.0, "4": 8.0, "8": 9.0}}]
+    for step in (1, 2, 3):
+        losses = {"loss": 9.0 - step, "lm": 8.0 - step, "mono": 0.1, "q": 0.9}
+        progress = {"step": step, "tokens": 9 * step, "lr": 1e-3, "tokens_per_s": 5.0}
+        records.append(progress | losses)
+    records.append({"step": 3, "eval": {"pretrained": 5.0, "1": 5.5, "2": 5.6, "4": 5.7, "8": 5.8}})
+    return records
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, backbone):
     """A LoopUS checkpoint whose gate is half open, below a folder like a run's."""
-    directory = tmp_path_factory.mktemp("work")
+    run = tmp_path_factory.mktemp("work") / "out" / "toy"
     torch.manual_seed(0)  # of the gate and the head
     model, tokenizer = load(backbone, split=(1, 1))
-    save(model, tokenizer, directory / "out" / "toy" / "step-000003")
-    records = [{"step": 0, "eval": {"pretrained": 5.0, "1": 6.0, "2": 7.0, "4": 8.0, "8": 9.0}}]
-    records += [
-        {
-            "step": i,
-            "tokens": 9 * i,
-            "lr": 1e-3,
-            "loss": 9.0 - i,
-            "lm": 8.0 - i,
-            "mono": 0.1,
-            "q": 0.9,
-            "tokens_per_s": 5.0,
-        }
-        for i in (1, 2, 3)
-    ]
-    records += [{"step": 3, "eval": {"pretrained": 5.0, "1": 5.5, "2": 5.6, "4": 5.7, "8": 5.8}}]
-    (directory / "out" / "toy" / "log.jsonl").write_text(
-        "".join(json.dumps(r) + "\n" for r in records)
-    )
-    return directory / "out" / "toy" / "step-000003"
+    save(model, tokenizer, run / "step-000003")
+    lines = [json.dumps(record) + "\n" for record in run_records()]
+    (run / "log.jsonl").write_text("".join(lines))
+    return run / "step-000003"
+
+
+def refused(done, *words):
+    """Assert that a script ended as it does for bad input, with these words."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+# ---- sample.py -----------------------------------------------------------------------------------
 
 
 def test_sample_prints_what_generate_gives(checkpoint):
-    done = script(
-        "sample.py",
-        "--model",
-        checkpoint,
-        "--prompt",
-        "the gate",
-        "--max-new-tokens",
-        12,
-        "--temperature",
-        0,
-        "--budget",
-        3,
-        "--threshold",
-        0.5,
-        "--dtype",
-        "float32",
-        "--device",
-        "cpu",
-    )
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    options = flags("--max-new-tokens 12 --temperature 0 --budget 3 --threshold 0.5")
+    exactly = flags("--dtype float32 --device cpu")
+    done = script("sample.py", "--model", checkpoint, "--prompt", "the gate", *options, *exactly)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
     model, tokenizer = load(checkpoint)
     prompt = tokenizer.encode("the gate")
-    steps = list(
-        model.generate(
-            torch.tensor([prompt]),
-            12,
-            budget=3,
-            exit_threshold=0.5,
-            temperature=0,
-            eos_id=tokenizer.eos_id,
-        )
-    )
-    kept = [s.tokens.item() for s in steps if s.tokens.item() != tokenizer.eos_id]
-    assert done.stdout.startswith(tokenizer.decode(prompt + kept)) and "\x1b" not in done.stdout
-    loops = [s.loops.item() for s in steps]
-    assert f"{len(steps)} tokens, mean {sum(loops) / len(loops):.2f} of 3 loops" in done.stdout
+    choices = {"budget": 3, "exit_threshold": 0.5, "temperature": 0, "eos_id": tokenizer.eos_id}
+    steps = list(model.generate(torch.tensor([prompt]), 12, **choices))
+    tokens = [step.tokens.item() for step in steps]
+    loops = [step.loops.item() for step in steps]
+
+    kept = [token for token in tokens if token != tokenizer.eos_id]
+    assert done.stdout.startswith(tokenizer.decode(prompt + kept))
+    assert "\x1b" not in done.stdout  # no colours where the output is no terminal
+    mean = sum(loops) / len(loops)
+    assert f"{len(steps)} tokens, mean {mean:.2f} of 3 loops" in done.stdout
     for n in set(loops):
-        assert f"{n} loop{' ' if n == 1 else 's'} {loops.count(n):5d} █" in done.stdout
+        name = "loop " if n == 1 else "loops"
+        assert f"{n} {name} {loops.count(n):5d} █" in done.stdout
 
 
 def test_sample_takes_the_newest_checkpoint_and_compares(checkpoint, backbone):
-    done = script(
-        "sample.py",
-        "--budget",
-        8,
-        "--max-new-tokens",
-        5,
-        "--temperature",
-        0,
-        "--compare",
-        "--dtype",
-        "float32",
-        cwd=checkpoint.parents[2],
-    )
+    options = flags("--budget 8 --max-new-tokens 5 --temperature 0 --compare --dtype float32")
+    done = script("sample.py", *options, cwd=checkpoint.parents[2])
     assert done.returncode == 0, done.stderr
+
     model, tokenizer = load(backbone, split=(1, 1))
     ids = torch.tensor([tokenizer.encode("The capital of France is")])
     for _ in range(5):
-        ids = torch.cat((ids, model.forward_pretrained(ids)[:, -1:].argmax(-1)), 1)
-    assert (
-        done.stdout.rstrip("\n").endswith(tokenizer.decode(ids[0].tolist()).rstrip("\n"))
-        and "pretrained (" in done.stdout
-    )
+        next_id = model.forward_pretrained(ids)[:, -1:].argmax(-1)
+        ids = torch.cat((ids, next_id), dim=1)
+    text = tokenizer.decode(ids[0].tolist())
+
+    assert "pretrained (" in done.stdout
+    assert done.stdout.rstrip("\n").endswith(text.rstrip("\n"))
 
 
 def test_sample_warns_of_an_untrained_recast(backbone):
     done = script("sample.py", "--model", backbone, "--max-new-tokens", 2, "--split", "1,1")
-    assert done.returncode == 0 and "untrained" in done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "untrained" in done.stderr
+
+
+def test_a_text_longer_than_the_context_slides(checkpoint):
+    options = flags("--max-new-tokens 4 --window 20 --temperature 0 --device cpu --dtype float32")
+    done = script("sample.py", "--model", checkpoint, "--prompt", "long " * 40, *options)
+    assert done.returncode == 0, done.stderr
+    assert "attends to the last 20" in done.stderr
+    assert "mean" in done.stdout
+
+
+def test_ctrl_c_keeps_what_was_generated_and_prints_the_summary(checkpoint):
+    options = flags("--max-new-tokens 1000000 --temperature 1 --seed 3 --halt none")
+    command = command_line("sample.py", "--model", checkpoint, "--prompt", "the gate", *options)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, env=environment()) as running:
+        first = running.stdout.read(60)  # some tokens are out
+        running.send_signal(signal.SIGINT)
+        rest, errors = running.communicate(timeout=60)
+    assert running.returncode == 0, errors
+    assert b"Traceback" not in errors
+    assert first.startswith(b"the gate")
+    assert b"mean 8.00 of 8 loops" in rest
 
 
 def test_shading_darkens_with_the_loops_and_keeps_the_text():
-    assert (
-        shade("a\nb", 1, 8)
-        == "\x1b[48;5;231m\x1b[38;5;16ma\x1b[0m\n\x1b[48;5;231m\x1b[38;5;16mb\x1b[0m"
-    )
-    assert [f"48;5;{back}m" in shade("x", n + 1, 8) for n, (back, _) in enumerate(SHADES)] == [
-        True
-    ] * 8
-    assert "48;5;231m" in shade("x", 1, 1) and summary([], [], 8) == "no token was generated"
+    light = "\x1b[48;5;231m\x1b[38;5;16m"
+    assert shade("a\nb", 1, 8) == f"{light}a\x1b[0m\n{light}b\x1b[0m"
+    assert light in shade("x", 1, 1)
+    for n, (back, _) in enumerate(SHADES, start=1):
+        assert f"48;5;{back}m" in shade("x", n, 8)
+    assert len(SHADES) == 8
+
+
+def test_the_summary_of_nothing_says_so():
+    assert summary([], [], 8) == "no token was generated"
+
+
+# ---- visualize.py and bench.py -------------------------------------------------------------------
 
 
 def test_visualize_writes_every_figure(checkpoint, corpus, tmp_path):
-    done = script(
-        "visualize.py",
-        "--model",
-        checkpoint,
-        "--prompt",
-        "gate",
-        "--prompt",
-        "the state $h$",
-        "--loops",
-        6,
-        "--data",
-        corpus,
-        "--out",
-        tmp_path,
-    )
-    assert done.returncode == 0 and "proposed" in done.stdout, done.stderr
+    prompts = ["--prompt", "gate", "--prompt", "the state $h$"]
+    source = ["--model", checkpoint, "--data", corpus]
+    done = script("visualize.py", *source, *prompts, "--loops", 6, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "proposed" in done.stdout
     for name in ("trajectories", "profile", "budget", "training"):
-        assert (tmp_path / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and (
-            tmp_path / f"{name}.png"
-        ).stat().st_size > 10000
+        picture = (tmp_path / f"{name}.png").read_bytes()
+        assert picture.startswith(PNG)
+        assert len(picture) > 10000
     assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_what_the_figures_show():
-    model, ids = small(1), torch.randint(0, 50, (1, 6))
+    """The states and gates of the last token, from the model's own loops and eq. 5 solved for α."""
+    model = small(1)
+    ids = torch.randint(0, 50, (1, 6))
     states, alphas = visualize.follow(model, ids, 3)
     h = model.encode(ids)
     for b in range(3):
-        torch.testing.assert_close(states[b], h[0, -1].float())
         new, _ = model.loop(h)
-        m = model.pretrained_loop(h)
-        torch.testing.assert_close(
-            alphas[b], ((new - h) / (m - h))[0, -1].float(), rtol=1e-3, atol=1e-4
-        )  # eq. 5 solved for α
+        proposal = model.pretrained_loop(h)
+        alpha = ((new - h) / (proposal - h))[0, -1].float()
+        torch.testing.assert_close(states[b], h[0, -1].float())
+        torch.testing.assert_close(alphas[b], alpha, rtol=1e-3, atol=1e-4)
         h = new
+
+
+def test_distances_and_principal_components_of_a_path():
+    states = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
     cosine, euclid = visualize.distances(states)
-    assert euclid[0].item() == pytest.approx((states[1] - states[0]).norm().item(), rel=1e-5)
-    assert cosine[0].item() == pytest.approx(
-        1 - torch.cosine_similarity(states[0], states[1], dim=0).item(), abs=1e-6
-    )
+    similarity = torch.cosine_similarity(states[0], states[1], dim=0).item()
+    distance = (states[1] - states[0]).norm().item()
+    assert cosine[0].item() == pytest.approx(1 - similarity, abs=1e-6)
+    assert euclid[0].item() == pytest.approx(distance, rel=1e-5)
+
     points, share = visualize.pca(states)
-    values = torch.linalg.eigvalsh(torch.cov(states.double().T, correction=0)).flip(0)
-    assert share == pytest.approx((values[:2] / values.sum()).tolist()) and points.square().sum(
-        0
-    ).tolist() == pytest.approx((values[:2] * 4).tolist())
+    covariance = torch.cov(states.double().T, correction=0)
+    variances = torch.linalg.eigvalsh(covariance).flip(0)  # the largest first
+    assert share == pytest.approx((variances[:2] / variances.sum()).tolist())
+    assert points.square().mean(0).tolist() == pytest.approx(variances[:2].tolist())
+
+
+def test_the_profile_and_the_losses_are_the_models():
+    model = small(1)
+    ids = torch.randint(0, 50, (1, 6))
     layers = visualize.layer_states(model, [ids])
-    assert layers.shape == (5, 6, 32)
+    assert layers.shape == (5, 6, 32)  # before and after each of four layers
     torch.testing.assert_close(layers[1], model.encode(ids)[0].float())
+
     losses = visualize.loss_by_budget(model, ids, 4)
     assert set(losses) == {"pretrained", 1, 2, 4}
-    assert losses[2] == pytest.approx(
-        torch.nn.functional.cross_entropy(model(ids, 2)[0, :-1], ids[0, 1:]).item()
-    )
+    loss = F.cross_entropy(model(ids, 2)[0, :-1], ids[0, 1:]).item()
+    assert losses[2] == pytest.approx(loss)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +204,24 @@ def test_proposed_split(change, split):
     assert visualize.propose_split(torch.tensor(change)) == split
 
 
-# ---- bad flags -------------------------------------------------------------------------------------------------------
+def test_bench_prints_its_table_and_visualize_draws_it(tmp_path):
+    options = flags("--shape tiny --rounds 2 --contexts 4 8 --batches 1 2")
+    done = script("bench.py", *options, "--out", tmp_path / "bench.json")
+    assert done.returncode == 0, done.stderr
+    assert "of the bound" in done.stdout
+    assert "x the line" in done.stdout
+
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["context"] for row in found["contexts"]] == [4, 8]
+    assert found["read_rate"] > 1e8
+    assert found["eager 1"] > 0
+
+    drawn = script("visualize.py", "--bench", tmp_path / "bench.json", "--out", tmp_path)
+    assert drawn.returncode == 0, drawn.stderr
+    assert (tmp_path / "speed.png").read_bytes().startswith(PNG)
+
+
+# ---- bad input -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -225,123 +251,20 @@ def test_proposed_split(change, split):
     ],
 )
 def test_bad_flags(checkpoint, command, words, tmp_path):
-    done = script(*command, *["--model", checkpoint] * ("--model" not in command), cwd=tmp_path)
-    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
-    assert not list(tmp_path.iterdir())
+    model = [] if "--model" in command else ["--model", checkpoint]
+    done = script(*command, *model, cwd=tmp_path)
+    refused(done, words)
+    assert not list(tmp_path.iterdir())  # nothing was begun
 
 
 def test_unwritable_out(checkpoint, corpus, tmp_path):
-    (tmp_path / "file").write_text("mine")
-    done = script(
-        "train.py",
-        "--model",
-        checkpoint,
-        "--data",
-        corpus,
-        "--seq-len",
-        32,
-        "--steps",
-        1,
-        "--out",
-        tmp_path / "file" / "run",
-    )
-    assert (
-        done.returncode == 2
-        and "--out" in done.stderr
-        and "Traceback" not in done.stderr
-        and (tmp_path / "file").read_text() == "mine"
-    )
-    done = script("visualize.py", "--model", checkpoint, "--loops", 2, "--out", tmp_path / "file")
-    assert (
-        done.returncode == 2
-        and "--out" in done.stderr
-        and (tmp_path / "file").read_text() == "mine"
-    )
+    file = tmp_path / "file"
+    file.write_text("mine")
+    recipe = ["--data", corpus, "--seq-len", 32, "--steps", 1]
+    done = script("train.py", "--model", checkpoint, *recipe, "--out", file / "run")
+    refused(done, "--out")
+    assert file.read_text() == "mine"
 
-
-def test_a_text_longer_than_the_context_slides(checkpoint):
-    done = script(
-        "sample.py",
-        "--model",
-        checkpoint,
-        "--prompt",
-        "long " * 40,
-        "--max-new-tokens",
-        4,
-        "--window",
-        20,
-        "--temperature",
-        0,
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-    )
-    assert (
-        done.returncode == 0 and "attends to the last 20" in done.stderr and "mean" in done.stdout
-    ), done.stderr
-
-
-def test_ctrl_c_keeps_what_was_generated_and_prints_the_summary(checkpoint):
-    command = [
-        sys.executable,
-        "-u",
-        str(ROOT / "sample.py"),
-        "--model",
-        str(checkpoint),
-        "--prompt",
-        "the gate",
-        "--max-new-tokens",
-        "1000000",
-        "--temperature",
-        "1",
-        "--seed",
-        "3",
-        "--halt",
-        "none",
-    ]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-    ) as running:
-        first = running.stdout.read(60)  # some tokens are out
-        running.send_signal(signal.SIGINT)
-        rest, errors = running.communicate(timeout=60)
-    assert (
-        running.returncode == 0
-        and b"Traceback" not in errors
-        and first.startswith(b"the gate")
-        and "mean 8.00 of 8 loops" in rest.decode()
-    ), errors
-
-
-def test_bench_prints_its_table_and_visualize_draws_it(tmp_path):
-    done = script(
-        "bench.py",
-        "--shape",
-        "tiny",
-        "--rounds",
-        2,
-        "--contexts",
-        4,
-        8,
-        "--batches",
-        1,
-        2,
-        "--out",
-        tmp_path / "bench.json",
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "bench.json").read_text())
-    assert (
-        [row["context"] for row in found["contexts"]] == [4, 8]
-        and found["read_rate"] > 1e8
-        and found["eager 1"] > 0
-    )
-    assert "of the bound" in done.stdout and "x the line" in done.stdout
-    drawn = script("visualize.py", "--bench", tmp_path / "bench.json", "--out", tmp_path)
-    assert drawn.returncode == 0 and (tmp_path / "speed.png").read_bytes()[:4] == b"\x89PNG", (
-        drawn.stderr
-    )
+    done = script("visualize.py", "--model", checkpoint, "--loops", 2, "--out", file)
+    refused(done, "--out")
+    assert file.read_text() == "mine"
