@@ -1,19 +1,21 @@
-"""A real pretrained model, where one is at hand: LOOPUS_SMOLLM2 names the directory of SmolLM2-135M-Instruct. Skipped without."""
+"""A real pretrained model, where one is at hand: SmolLM2-135M-Instruct. Skipped without.
+
+The environment variable LOOPUS_SMOLLM2 names its directory.
+"""
 
 import os
 from pathlib import Path
 
 import pytest
 import torch
-
-from appendix import data
-import train
 from conftest import SHARED
+
+import train
+from appendix import data
 from load_weights import load
 
-DIRECTORY = Path(
-    os.environ.get("LOOPUS_SMOLLM2", "~/.cache/loopus/smollm2-135m-instruct")
-).expanduser()
+DEFAULT = "~/.cache/loopus/smollm2-135m-instruct"
+DIRECTORY = Path(os.environ.get("LOOPUS_SMOLLM2", DEFAULT)).expanduser()
 pytestmark = pytest.mark.skipif(
     not (DIRECTORY / "model.safetensors").exists(), reason="needs SmolLM2-135M-Instruct"
 )
@@ -24,23 +26,35 @@ def loaded():
     return load(DIRECTORY, split=(2, 1), dtype=torch.float32)
 
 
+def loss_after_one_loop(model, h, targets):
+    """h⁰ (N, T, D) -> the mean loss, in nats a token."""
+    h, _ = model.loop(h)
+    losses, _ = train.next_token_loss(model, h, targets)
+    return losses.mean().item()
+
+
 @pytest.mark.skipif(not (SHARED / "data").exists(), reason="needs WikiText-2")
+@torch.no_grad()
 def test_the_open_gate_starts_within_two_percent_of_the_pretrained_loss(loaded):
     model, tokenizer = loaded
-    rows = data.held_out(SHARED / "data" / "wikitext2_valid.txt", tokenizer, 256, 4)
-    with torch.no_grad():
-        h = model.encode(rows)
-        pretrained = train.plain_loss(model, h, train.next_tokens(rows)).item()
-        model.reasoning.gate.reset_parameters("open")
-        looped = (
-            train.next_token_loss(model, model.loop(h)[0], train.next_tokens(rows))[0].mean().item()
-        )
-        torch.manual_seed(0)
-        model.reasoning.gate.reset_parameters("paper")
-        shut = (
-            train.next_token_loss(model, model.loop(h)[0], train.next_tokens(rows))[0].mean().item()
-        )
-    assert 2.5 < pretrained < 3.5 and looped < 1.02 * pretrained and shut > 1.3 * pretrained
+    ids = data.held_out(SHARED / "data" / "wikitext2_valid.txt", tokenizer, 256, 4)
+    targets = train.next_tokens(ids)
+    h = model.encode(ids)
+    pretrained = train.plain_loss(model, h, targets).item()
+    model.reasoning.gate.reset_parameters("open")
+    opened = loss_after_one_loop(model, h, targets)
+    torch.manual_seed(0)
+    model.reasoning.gate.reset_parameters("paper")
+    shut = loss_after_one_loop(model, h, targets)
+    assert 2.5 < pretrained < 3.5
+    assert opened < 1.02 * pretrained
+    assert shut > 1.3 * pretrained
+
+
+def greedy(model, ids, count, **options):
+    """The next `count` tokens, a fixed number of loops each."""
+    steps = model.generate(ids, count, halt="none", temperature=0, **options)
+    return [step.tokens.item() for step in steps]
 
 
 @pytest.mark.parametrize("count", [32, pytest.param(256, marks=pytest.mark.slow)])
@@ -48,27 +62,17 @@ def test_greedy_text_with_and_without_cache_is_the_same(loaded, count):
     model, tokenizer = loaded
     model.reasoning.gate.reset_parameters("open")
     ids = torch.tensor([tokenizer.encode("The capital of France is")])
-    tokens = [
-        [
-            s.tokens.item()
-            for s in model.generate(
-                ids, count, budget=2, halt="none", temperature=0, use_cache=cache
-            )
-        ]
-        for cache in (True, False)
-    ]
-    assert tokens[0] == tokens[1] and "Paris" in tokenizer.decode(
-        [s.tokens.item() for s in model.generate(ids, 8, budget=1, halt="none", temperature=0)]
-    )
+    cached = greedy(model, ids, count, budget=2, use_cache=True)
+    assert cached == greedy(model, ids, count, budget=2, use_cache=False)
+    assert "Paris" in tokenizer.decode(greedy(model, ids, 8, budget=1))
 
 
+@torch.no_grad()
 def test_logits_equal_transformers(loaded):
-    reference = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(
-        DIRECTORY, dtype=torch.float32
-    )
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype=torch.float32)
     model, tokenizer = loaded
     ids = torch.tensor([tokenizer.encode("Looped models run the same layers again.")])
-    with torch.no_grad():
-        torch.testing.assert_close(
-            model.forward_pretrained(ids), reference(ids).logits, rtol=0, atol=2e-4
-        )
+    torch.testing.assert_close(
+        model.forward_pretrained(ids), reference(ids).logits, rtol=0, atol=2e-4
+    )
