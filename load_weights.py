@@ -1,36 +1,50 @@
-"""Everything that crosses the disk or the hub: presets, downloads, config.json, safetensors, tokenizers, checkpoints.
+"""A Hugging Face directory <-> this model.
 
-    python load_weights.py --list   the presets
-    python load_weights.py DIR      print what is there, and continue one prompt
+    python load_weights.py DIR      print what is in a directory, and continue a prompt with it
+    python load_weights.py --list   the presets: models with a short name
 
-A Hugging Face backbone loads by a change of prefix (`layout`), a LoopUS checkpoint as it is. Loading is strict: every tensor
-must be there in the shape the config gives, and nothing else may be.
+Two kinds of directory are read. A backbone is a pretrained Llama or Qwen3: its layers are dealt out
+to encoder, reasoning block and decoder, and gate and confidence head are new. A LoopUS checkpoint
+has all of these; `save` writes it in the layout that the paper's authors published.
+
+    config.json        shape of the model           read_config, published_config
+    model.safetensors  the tensors, by name         backbone_name, tensor_files, load_model
+    tokenizer.json     the vocabulary               Tokenizer, in appendix/tokenizer.py
+
+Loading is strict. Every tensor of the model must be in the files, in the shape that config.json
+gives, with finite numbers; and there may be no other tensor, since a model that was loaded without
+some of its parts talks nonsense and says nothing of it.
 """
 
 import argparse
-import functools
 import json
 import re
 import sys
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from appendix.errors import InputError, require, run
-from appendix.files import read_json, write_whole, write_text
+from appendix.files import read_json, shorten, write_bytes, write_text, write_whole
 from appendix.flags import parse_split
-from appendix.hub import EMBEDDED, PRESETS, find, weight_files
-from appendix.memory import NoInit
+from appendix.hub import EMBEDDED, PRESETS, find, public_name
+from appendix.memory import build_empty, count_parameters
+from appendix.tensors import (
+    DTYPES,
+    close_bin,
+    find_index,
+    read_index,
+    read_rows,
+    shape_and_dtype,
+    tensor_names,
+    weight_files,
+)
 from appendix.tokenizer import Tokenizer
-from loopus import ADDED, LoopUS, LoopUSConfig
+from loopus import ADDED, LoopUSConfig
 
-
-# ---- for every script: errors for people, and the machine's defaults -------------------------------------------------
-
-
-# ---- config.json -----------------------------------------------------------------------------------------------------
+# ---- config.json -> LoopUSConfig -----------------------------------------------------------------
 
 SIZES = (
     "vocab_size",
@@ -40,119 +54,397 @@ SIZES = (
     "num_attention_heads",
 )
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+LARGEST = 2**31 - 1  # far above the sizes of any model
+
+# What transformers takes where a Qwen3's config.json is silent.
+QWEN3_DEFAULTS = {"head_dim": 128, "num_key_value_heads": 32, "max_position_embeddings": 32768}
+
+# What the layers of loopus.py cannot do otherwise.
+SUPPORTED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+}
 
 
 def read_config(path, split=None):
-    """config.json of a backbone or of a LoopUS checkpoint -> LoopUSConfig. split: what the user asks for."""
+    """config.json of a backbone or of a LoopUS checkpoint -> LoopUSConfig. Raises InputError.
+
+    split: (encoder layers, decoder layers) of a backbone; a checkpoint knows its own.
+    """
     raw = read_json(path)
-    recast = raw.get("model_type") == "lds"
-    base = raw.get("base_config_dict") if recast else raw
     try:
-        require(
-            isinstance(base, dict), f"base_config_dict is {base!r}: expected the backbone's config"
-        )
-        if base.get("model_type") == "qwen3":  # what transformers takes where its file is silent
-            base = {
-                "head_dim": 128,
-                "num_key_value_heads": 32,
-                "max_position_embeddings": 32768,
-                **base,
-            }
-        rope = base.get("rope_parameters") or base.get("rope_scaling") or {}
-        require(isinstance(rope, dict), f"rope_parameters is {rope!r}: expected an object")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        require(
-            kind == "default", f"rope type {kind!r} is not supported; plain rotary positions are"
-        )
-        for field, value in (
-            ("hidden_act", "silu"),
-            ("attention_bias", False),
-            ("mlp_bias", False),
-            ("use_sliding_window", False),
-        ):
-            require(
-                base.get(field, value) == value,
-                f"{field} {base.get(field)!r} is not supported; expected {value!r}",
-            )
-        fields = {
-            "model_type": base.get("model_type"),
-            "rope_theta": rope.get("rope_theta", base.get("rope_theta", 10000.0)),
-        }
-        for field in SIZES + OPTIONAL_SIZES:
-            if field in SIZES or base.get(field) is not None:
-                fields[field] = base.get(field)
-                require(
-                    type(fields[field]) is int and fields[field] > 0,
-                    f"{field} is {fields[field]!r}: expected a positive whole number",
-                )
-        fields["rms_norm_eps"] = base.get("rms_norm_eps", 1e-6)  # transformers' default for both
-        for field in ("rope_theta", "rms_norm_eps"):
-            require(
-                isinstance(fields[field], (int, float)) and fields[field] > 0,
-                f"{field} is {fields[field]!r}: expected a positive number",
-            )
-        if recast:
-            parts = [
-                raw.get(f"{part}_layer_indices") for part in ("encoder", "reasoning", "decoder")
-            ]
-            order = [i for part in parts if isinstance(part, list) for i in part]
-            require(
-                all(isinstance(part, list) for part in parts)
-                and order == [*range(len(order))]
-                and len(order) == fields["num_hidden_layers"],
-                f"encoder, reasoning and decoder_layer_indices {parts}: expected layers 0 to {fields['num_hidden_layers'] - 1} in order",
-            )
-            stored = len(parts[0]), len(parts[2])
-            require(
-                split in (None, stored),
-                f"--split {split and split[0]},{split and split[1]}: "
-                f"this LoopUS checkpoint is split {stored[0]},{stored[1]} already; leave --split out",
-            )
-            split, loops, threshold = stored, raw.get("N", 20), raw.get("q_threshold", 0.6)
-            require(
-                type(loops) is int and loops > 0,
-                f"N is {loops!r}: expected a positive whole number",
-            )
-            require(
-                isinstance(threshold, (int, float)) and 0 <= threshold <= 1,
-                f"q_threshold is {threshold!r}: expected 0 to 1",
-            )
-            fields |= {
-                "from_checkpoint": True,
-                "loops": loops,
-                "exit_threshold": threshold,
-                "base_model": str(raw.get("base_model_name_or_path") or ""),
-            }
+        if raw.get("model_type") == "lds":  # as the authors named it
+            return checkpoint_config(raw, split)
         encoder, decoder = split or (1, 1)
+        fields = backbone_fields(raw)
         return LoopUSConfig(encoder_layers=encoder, decoder_layers=decoder, **fields)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
 
-def published_config(model):
-    """The published checkpoints' config.json (fields of the authors' LDSConfig) for a model."""
-    c, dtype = model.config, str(model.decoder.norm.weight.dtype).removeprefix("torch.")
-    first, last = c.encoder_layers, c.num_hidden_layers - c.decoder_layers
+def backbone_fields(raw):
+    """A backbone's config.json -> the fields of LoopUSConfig that it decides."""
+    if raw.get("model_type") == "qwen3":
+        raw = QWEN3_DEFAULTS | raw
+    for field, value in SUPPORTED.items():
+        found = raw.get(field, value)
+        require(found == value, f"{field} {shorten(found)} is not supported; expected {value!r}")
+    fields = {"model_type": raw.get("model_type"), "rope_theta": rope_theta(raw)}
+    for field in SIZES:
+        fields[field] = whole_number(raw, field)
+    for field in OPTIONAL_SIZES:
+        if raw.get(field) is not None:
+            fields[field] = whole_number(raw, field)
+    check_sizes(fields)
+    fields["rms_norm_eps"] = positive_number("rms_norm_eps", raw.get("rms_norm_eps", 1e-6))
+    return fields
+
+
+def check_sizes(fields):
+    """InputError if the sizes, each possible, make a tensor without numbers, or one too large."""
+    width, heads = fields["hidden_size"], fields["num_attention_heads"]
+    head_dim = fields.get("head_dim", width // heads)
+    require(head_dim >= 1, f"hidden_size {width} is smaller than num_attention_heads {heads}")
+    sizes = (fields["vocab_size"], fields["intermediate_size"], heads * head_dim)
+    require(
+        width * max(sizes) <= 2**40,  # so that its bytes can be counted
+        f"hidden_size {width}, with the other sizes, makes tensors of {width * max(sizes)} numbers",
+    )
+
+
+def rope_theta(raw):
+    """The base of the rotary angles. It moved from the top into rope_parameters in 2025."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    require(isinstance(rope, dict), f"rope_parameters is {shorten(rope)}: expected an object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    require(
+        kind == "default",
+        f"rope type {shorten(kind)} is not supported; plain rotary positions are",
+    )
+    return positive_number("rope_theta", rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
+
+
+def checkpoint_config(raw, split):
+    """A LoopUS checkpoint's config.json -> LoopUSConfig. split: what the user asks for, or None."""
+    base = raw.get("base_config_dict")
+    require(
+        isinstance(base, dict),
+        f"base_config_dict is {shorten(base)}: expected the backbone's config",
+    )
+    fields = backbone_fields(base)
+    encoder, decoder = checkpoint_split(raw, fields["num_hidden_layers"])
+    require(
+        split in (None, (encoder, decoder)),
+        f"--split {split}: this LoopUS checkpoint is split {encoder},{decoder} already; "
+        "leave --split out",
+    )
+    threshold = raw.get("q_threshold", 0.6)
+    require(
+        type(threshold) in (int, float) and 0 <= threshold <= 1,
+        f"q_threshold is {shorten(threshold)}: expected 0 to 1",
+    )
+    base_model = raw.get("base_model_name_or_path")
+    return LoopUSConfig(
+        encoder_layers=encoder,
+        decoder_layers=decoder,
+        loops=whole_number({"N": 20} | raw, "N"),
+        exit_threshold=threshold,
+        base_model=base_model if isinstance(base_model, str) else "",
+        from_checkpoint=True,
+        **fields,
+    )
+
+
+def checkpoint_split(raw, num_hidden_layers):
+    """(encoder layers, decoder layers), from the three lists that share out the layers."""
+    names = ("encoder_layer_indices", "reasoning_layer_indices", "decoder_layer_indices")
+    parts = [raw.get(name) for name in names]
+    layers = []
+    for part in parts:
+        layers += part if isinstance(part, list) else [None]
+    require(
+        len(layers) == num_hidden_layers and layers == list(range(len(layers))),
+        f"{', '.join(names)} are {shorten(parts, 200)}: expected layers 0 to "
+        f"{num_hidden_layers - 1} in order",
+    )
+    encoder, _, decoder = parts
+    return len(encoder), len(decoder)
+
+
+def whole_number(raw, field):
+    value = raw.get(field)
+    # type(), since True is an int for isinstance.
+    require(
+        type(value) is int and 1 <= value <= LARGEST,
+        f"{field} is {shorten(value)}: expected a whole number from 1 to {LARGEST}",
+    )
+    return value
+
+
+def positive_number(field, value):
+    require(  # NaN, which JSON files may hold, compares as False
+        type(value) in (int, float) and 1e-30 < value < 1e30,
+        f"{field} is {shorten(value)}: expected a positive number",
+    )
+    return value
+
+
+# ---- Hugging Face's names <-> ours ---------------------------------------------------------------
+
+
+def backbone_name(name, config):
+    """One of this model's names -> the name of the same tensor in a backbone's files.
+
+    A backbone numbers its layers through, this model from 0 in each of its three parts. With 22
+    layers, 2 of them in the encoder and 1 in the decoder:
+
+        encoder.embed_tokens.weight              model.embed_tokens.weight
+        encoder.layers.1.mlp.up_proj.weight      model.layers.1.mlp.up_proj.weight
+        reasoning.layers.0.mlp.up_proj.weight    model.layers.2.mlp.up_proj.weight
+        decoder.layers.0.mlp.up_proj.weight      model.layers.21.mlp.up_proj.weight
+        decoder.norm.weight                      model.norm.weight
+        decoder.lm_head.weight                   lm_head.weight
+
+    The gate and the confidence head (names in loopus.ADDED) are in no backbone.
+    """
+    part, rest = name.split(".", 1)
+    if rest == "lm_head.weight":
+        return rest
+    if not rest.startswith("layers."):
+        return f"model.{rest}"
+    first_layer = {
+        "encoder": 0,
+        "reasoning": config.encoder_layers,
+        "decoder": config.num_hidden_layers - config.decoder_layers,
+    }
+    _, i, rest = rest.split(".", 2)
+    return f"model.layers.{first_layer[part] + int(i)}.{rest}"
+
+
+def stored_names(model, has_head, is_tied):
+    """This model's names -> the names in its files, for all tensors that the files must have.
+
+    has_head, is_tied: do the files have an output head, and does config.json say that the embedding
+    serves as one?
+    """
+    config = model.config
+    if config.from_checkpoint:
+        return {name: name for name in model.state_dict()}
+    pretrained = [name for name in model.state_dict() if not name.startswith(ADDED)]
+    names = {name: backbone_name(name, config) for name in pretrained}
+    if is_tied and not has_head:  # the head is a copy, which is trained without the embedding
+        names["decoder.lm_head.weight"] = "model.embed_tokens.weight"
+    return names
+
+
+# ---- which file holds which tensor ---------------------------------------------------------------
+
+
+def tensor_files(directory):
+    """{name of a tensor: the file that holds it}, from one file or from an index and its shards."""
+    files = weight_files([path.name for path in directory.iterdir()], directory)
+    index = find_index(files)
+    if index is None:
+        require(
+            len(files) == 1,
+            f"{directory}: shards {files[:2]} … without their index; fetch it again",
+        )
+        path = directory / files[0]
+        return dict.fromkeys(tensor_names(path), path)
+    weight_map = read_index(directory / index)
+    for file in sorted(set(weight_map.values())):
+        names = {name for name in weight_map if weight_map[name] == file}
+        check_shard(directory / file, names, index)
+    return {name: directory / file for name, file in weight_map.items()}
+
+
+def check_shard(path, names, index):
+    """InputError if a shard is missing, or lacks a tensor that the index says is in it."""
+    require(
+        path.is_file(),
+        f"{path}: this shard is named in {index} but missing; fetch it again",
+    )
+    missing = names - tensor_names(path)
+    if missing:
+        raise InputError(
+            f"{path}: tensor {min(missing)!r} is not in it, though {index} says so; fetch it again"
+        )
+
+
+def find_tensors(directory, config):
+    """{name: (file, name in the file)} of all stored tensors that are parameters."""
+    found = {}
+    for stored, path in tensor_files(directory).items():
+        if stored.endswith("rotary_emb.inv_freq"):  # in old files; the angles are computed here
+            continue
+        name = stored
+        if config.from_checkpoint:  # the first published checkpoints call the block plateau
+            name = re.sub(r"^plateau\.", "reasoning.", stored)
+        found[name] = (path, stored)
+    return found
+
+
+# ---- reading one tensor --------------------------------------------------------------------------
+
+
+def read_tensor(path, name, shape, device, dtype):
+    """One tensor, checked and converted.
+
+    It is read in parts, and each part is let go before the next is read, so that loading takes
+    little more memory than the model.
+    """
+    found, found_dtype = shape_and_dtype(path, name)
+    require(
+        found == list(shape),
+        f"{path}: tensor {name} has shape {found}, the config asks for {list(shape)}",
+    )
+    require(
+        found_dtype in DTYPES.values(),
+        f"{path}: tensor {name} is {found_dtype}; expected F32, F16 or BF16",
+    )
+    tensor = torch.empty(shape, device=device, dtype=dtype)
+    rows = max(1, 2**22 // tensor[0].numel())
+    for start in range(0, len(tensor), rows):
+        part = tensor[start : start + rows]
+        part.copy_(read_rows(path, name, start, start + rows))
+        require(
+            are_finite(part),
+            f"{path}: tensor {name} has numbers that are not finite (as {dtype}); "
+            "fetch the file again, take an earlier checkpoint, or try --dtype float32",
+        )
+    return tensor
+
+
+def are_finite(x):
+    """Is no number in x infinite or NaN? Its extremes tell, without a tensor as large as x."""
+    low, high = x.aminmax()
+    return bool(low.isfinite() and high.isfinite())
+
+
+# ---- load ----------------------------------------------------------------------------------------
+
+
+def load_model(directory, split=None, device=None, dtype=None):
+    """The model in a local directory: a backbone (gate and head new) or a LoopUS checkpoint."""
+    config = read_config(directory / "config.json", split)
+    found = find_tensors(directory, config)
+    require(
+        config.num_hidden_layers <= len(found),
+        f"{directory}: config.json says {config.num_hidden_layers} layers, "
+        f"its files hold only {len(found)} tensors",
+    )
+    # The model is built without memory, and its tensors are put in one by one as they are read.
+    model = build_empty(config)
+    names = stored_names(model, "lm_head.weight" in found, ties_head(directory))
+    require_same(directory, config, set(names.values()), set(found))
+    if dtype is None:  # as stored, one dtype for the whole backbone
+        dtype = shape_and_dtype(*found[names["encoder.embed_tokens.weight"]])[1]
+    device = device or "cpu"
+    shapes = {name: parameter.shape for name, parameter in model.state_dict().items()}
+    for name, stored in names.items():
+        kept_as = torch.float32 if name.startswith(ADDED) else dtype
+        tensor = read_tensor(*found[stored], shapes[name], device, kept_as)
+        model.load_state_dict({name: tensor}, strict=False, assign=True)
+    close_bin()
+    if not config.from_checkpoint:
+        for module in (model.reasoning.gate, *model.q_head):
+            module.to_empty(device=device).reset_parameters()
+    return model.eval()
+
+
+def ties_head(directory):
+    return read_json(directory / "config.json").get("tie_word_embeddings") is True
+
+
+def require_same(directory, config, expected, found):
+    """InputError unless the names of the model's tensors are exactly those found in its files."""
+    missing = sorted(expected - found)
+    extra = sorted(found - expected)
+    require(
+        not missing,
+        f"{directory}: {len(missing)} tensors of this architecture are not in its files, "
+        f"{missing[:1]} first",
+    )
+    require(
+        not extra,
+        f"{directory}: {len(extra)} tensors are not of this architecture "
+        f"({config.model_type}, {config.num_hidden_layers} layers), {shorten(extra[:1])} first",
+    )
+
+
+def load_tokenizer(directory, vocab_size):
+    """The tokenizer in a directory, or None. InputError if the model lacks some of its tokens."""
+    if not (directory / "tokenizer.json").exists():
+        return None
+    tokenizer = Tokenizer(directory)
+    last = max([*tokenizer.vocab.values(), *tokenizer.special])
+    require(
+        last < vocab_size,
+        f"{directory}: tokenizer.json gives {shorten(tokenizer.decode([last]))} the id {last}, "
+        f"the model has only {vocab_size} embeddings, ids 0 to {vocab_size - 1}",
+    )
+    return tokenizer
+
+
+def load(name, *, split=None, device=None, dtype=None, plan=None):
+    """A preset, a local directory or a hub id (org/name, org/name@revision) -> (LoopUS, Tokenizer).
+
+    split: (encoder layers, decoder layers) of a backbone; None: the preset's, else (1, 1).
+    device, dtype: where and as what the backbone's tensors are kept; None: the CPU, as stored. Gate
+    and confidence head are always fp32.
+    plan: is called with the LoopUSConfig before any weights are fetched or read.
+    The tokenizer is None where there is no tokenizer.json. Raises InputError.
+    """
+    name = str(name)
+    if plan is not None:
+        directory, known = find(name, weights=False)
+        plan(read_config(directory / "config.json", split or known))
+    directory, known = find(name)
+    model = load_model(directory, split or known, device, dtype)
+    if not model.config.from_checkpoint:
+        model.config.base_model = public_name(name, directory)
+        if split is None and known is None:
+            print(
+                f"{name}: no split is known for this model; 1 encoder and 1 decoder layer "
+                "(--split E,D sets it)",
+                file=sys.stderr,
+            )
+    return model, load_tokenizer(directory, model.config.vocab_size)
+
+
+# ---- save ----------------------------------------------------------------------------------------
+
+
+def published_config(model, tokenizer=None):
+    """config.json in the published checkpoints' layout (the fields of the authors' LDSConfig)."""
+    config = model.config
+    dtype = str(model.decoder.norm.weight.dtype).removeprefix("torch.")
+    architecture = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[config.model_type]
     base = {
-        "architectures": [{"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[c.model_type]],
+        "architectures": [architecture],
         "hidden_act": "silu",
         "attention_bias": False,
-        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
     }
     for field in ("model_type", *SIZES, *OPTIONAL_SIZES, "rms_norm_eps", "rope_theta"):
-        base[field] = getattr(c, field)
+        base[field] = getattr(config, field)
+    layers = list(range(config.num_hidden_layers))
+    first = config.encoder_layers  # of the reasoning block
+    last = config.num_hidden_layers - config.decoder_layers  # of the decoder, the first one
     return {
         "architectures": ["LDSForCausalLM"],
         "model_type": "lds",
-        "base_model_name_or_path": c.base_model,
+        "base_model_name_or_path": config.base_model,
         "base_config_dict": base,
-        "encoder_layer_indices": [*range(first)],
-        "reasoning_layer_indices": [*range(first, last)],
-        "decoder_layer_indices": [*range(last, c.num_hidden_layers)],
-        "N": c.loops,
-        "q_threshold": c.exit_threshold,
+        "encoder_layer_indices": layers[:first],
+        "reasoning_layer_indices": layers[first:last],
+        "decoder_layer_indices": layers[last:],
+        "N": config.loops,
+        "q_threshold": config.exit_threshold,
         "q_eval_interval": 1,
         "halting_strategy": "threshold",
         "convergence_epsilon": 0.01,
@@ -160,300 +452,141 @@ def published_config(model):
     }
 
 
-# ---- the hub: its client downloads, resumes and keeps; here is what it is asked for, and its errors as lines for people ----
-
-
-# ---- weights ---------------------------------------------------------------------------------------------------------
-
-
-def backbone_name(name, config):
-    """The Hugging Face name of a backbone tensor: reasoning.layers.0.… of a model with 2 encoder layers is model.layers.2.…"""
-    part, rest = name.split(".", 1)
-    if rest.startswith("layers."):
-        _, i, rest = rest.split(".", 2)
-        first = {
-            "encoder": 0,
-            "reasoning": config.encoder_layers,
-            "decoder": config.num_hidden_layers - config.decoder_layers,
-        }[part]
-        return f"model.layers.{int(i) + first}.{rest}"
-    return rest if rest == "lm_head.weight" else f"model.{rest}"
-
-
-def opened(path):
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"{path}: not a whole safetensors file ({error}); fetch it again"
-        ) from None
-
-
-@functools.lru_cache(1)
-def unpickled(path):
-    """The tensors of a foreign PyTorch file, mapped, by name; nothing but tensors may be in it."""
-    try:
-        return {
-            name: x
-            for name, x in torch.load(
-                path, map_location="cpu", weights_only=True, mmap=True
-            ).items()
-            if isinstance(x, torch.Tensor)
-        }
-    except Exception as error:  # zip, pickle, OS and other errors, each with words of its own
-        raise InputError(
-            f"{path}: not a readable PyTorch file of tensors ({str(error).splitlines()[0]}); fetch it again"
-        ) from None
-
-
-def tensor_files(directory):
-    """name of each stored tensor -> the file that holds it, from one file or from an index and its shards."""
-    files = weight_files(
-        [path.name for path in directory.iterdir()] if directory.is_dir() else [], directory
-    )
-    names_in = lambda path: set(
-        (opened if path.suffix == ".safetensors" else unpickled)(path).keys()
-    )
-    index = next((directory / file for file in files if file.endswith(".json")), None)
-    if index is None:
-        require(
-            len(files) == 1,
-            f"{directory}: shards {files[:2]} … without their index; fetch it again",
-        )
-        return dict.fromkeys(names_in(directory / files[0]), directory / files[0])
-    where = read_json(index).get("weight_map")
-    if (
-        not isinstance(where, dict)
-        or not where
-        or not all(isinstance(file, str) for file in where.values())
-    ):
-        raise InputError(f"{index}: no weight_map from tensor names to files")
-    for file in sorted(set(where.values())):
-        if not (directory / file).exists():
-            raise InputError(
-                f"{directory / file}: this shard is named in {index.name} but missing; fetch it again"
-            )
-        if missing := {name for name, f in where.items() if f == file} - names_in(directory / file):
-            raise InputError(
-                f"{directory / file}: tensor {min(missing)} is not in it, though {index.name} says so"
-            )
-    return {name: directory / file for name, file in where.items()}
-
-
-STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def stored(path, name):
-    """Shape and dtype of a tensor in a file."""
-    if path.suffix == ".safetensors":
-        with opened(path) as f:
-            found = f.get_slice(name)
-            return found.get_shape(), STORED.get(found.get_dtype(), found.get_dtype())
-    found = unpickled(path)[name]
-    return (
-        (list(found.shape), found.dtype)
-        if isinstance(found, torch.Tensor)
-        else ("none", type(found).__name__)
-    )
-
-
-def read_tensor(path, name, shape, device, dtype):
-    """One tensor, checked. In parts, the file opened anew for each, so that at no time much of it is mapped beside the copy."""
-    found, kind = stored(path, name)
-    require(
-        found == list(shape),
-        f"{path}: tensor {name} has shape {found}, the config asks for {list(shape)}",
-    )
-    require(kind in STORED.values(), f"{path}: tensor {name} is {kind}; expected F32, F16 or BF16")
-    tensor = torch.empty(shape, device=device, dtype=dtype)
-    rows = max(1, 2**22 // tensor[0].numel())
-    for i in range(0, len(tensor), rows):
-        if path.suffix == ".safetensors":
-            with opened(path) as f:
-                tensor[i : i + rows] = f.get_slice(name)[i : i + rows]
-        else:
-            tensor[i : i + rows] = unpickled(path)[name][i : i + rows]
-    return tensor
-
-
-def load_model(directory, split=None, device=None, dtype=None):
-    """A LoopUS model from a Hugging Face backbone (gate and head new) or a LoopUS checkpoint in `directory`."""
-    directory = Path(directory)
-    config = read_config(directory / "config.json", split)
-    files = {
-        name: (path, name)
-        for name, path in tensor_files(directory).items()
-        if not name.endswith("rotary_emb.inv_freq")
-    }
-    if config.from_checkpoint:  # early checkpoints call the block plateau
-        files = {re.sub(r"^plateau\.", "reasoning.", name): place for name, place in files.items()}
-    require(
-        config.num_hidden_layers <= len(files),
-        f"{directory}: config.json says {config.num_hidden_layers} layers, its files hold only {len(files)} tensors",
-    )
-    with torch.device("meta"), NoInit():
-        model = LoopUS(config)
-    wanted = {
-        name: name if config.from_checkpoint else backbone_name(name, config)
-        for name in model.state_dict()
-        if config.from_checkpoint or not name.startswith(ADDED)
-    }
-    if (
-        not config.from_checkpoint
-        and "lm_head.weight" not in files
-        and read_json(directory / "config.json").get("tie_word_embeddings", False)
-    ):
-        wanted["decoder.lm_head.weight"] = (
-            "model.embed_tokens.weight"  # a tied head: a copy, to be trained alone
-        )
-    missing, extra = (
-        [name for name in wanted.values() if name not in files],
-        sorted(set(files) - set(wanted.values())),
-    )
-    require(
-        not missing,
-        f"{directory}: {len(missing)} tensors of this architecture are not in its files, {missing[:1]} first",
-    )
-    require(
-        not extra,
-        f"{directory}: {len(extra)} tensors are not of this architecture ({config.model_type}, {config.num_hidden_layers} layers), {extra[:1]} first",
-    )
-    if dtype is None:  # as stored, one dtype for the whole backbone
-        dtype = stored(*files[wanted["encoder.embed_tokens.weight"]])[1]
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    for name, source in wanted.items():
-        path, key = files[source]
-        tensor = read_tensor(
-            path,
-            key,
-            shapes[name],
-            device or "cpu",
-            torch.float32 if name.startswith(ADDED) else dtype,
-        )
-        model.load_state_dict({name: tensor}, strict=False, assign=True)
-    if not config.from_checkpoint:
-        for module in (model.reasoning.gate, *model.q_head):
-            module.to_empty(device=device or "cpu").reset_parameters()
-        config.base_model = str(directory)
-    return model.eval()
-
-
-def load(name, *, split=None, device=None, dtype=None, plan=None):
-    """(LoopUS, Tokenizer or None) from a preset's name, a local directory or a hub id (org/name, or org/name@revision).
-
-    split: (encoder_layers, decoder_layers). device and dtype: where and as what the backbone's tensors are kept (None: the CPU, as
-    stored); gate and head stay fp32. A directory without tokenizer files gives None. plan: called with the config before any weights
-    are fetched or read. Raises InputError.
-    """
-    directory, known = find(
-        name,
-        lambda directory, known: (
-            plan and plan(read_config(directory / "config.json", split or known))
-        ),
-    )
-    model = load_model(directory, split or known, device, dtype)
-    if not model.config.from_checkpoint:
-        if split is None and known is None:
-            print(
-                f"{name}: no split is known for this model; 1 encoder and 1 decoder layer (--split E,D sets it)",
-                file=sys.stderr,
-            )
-        if name in PRESETS or not Path(name).is_dir():
-            model.config.base_model = (
-                name if EMBEDDED in directory.parents else PRESETS.get(name, (name,))[0]
-            )  # not this machine's path
-    if not (directory / "tokenizer.json").exists():
-        return model, None
-    tokenizer, size = Tokenizer(directory), model.config.vocab_size
-    require(
-        max(tokenizer.vocab.values()) < size,
-        f"{directory}: tokenizer.json has ids up to {max(tokenizer.vocab.values())}, the model only {size} embeddings",
-    )
-    return model, tokenizer
-
-
 def save(model, tokenizer, directory, tensors=None):
-    """Write the published layout: model.safetensors (tensors in the dtype they have), config.json, the tokenizer's files.
+    """Write a LoopUS checkpoint: config.json, the tokenizer's files, and model.safetensors.
 
-    Each file is written beside and renamed, so that none is ever half written; to replace a whole checkpoint at once, save into a
-    new directory and rename that, as train.py does. tensors: instead of the model's own. Raises InputError.
+    The tensors are written in the dtype they have. Each file is written beside and renamed, so that
+    none is ever half written; to replace a whole checkpoint at once, save into a new directory and
+    rename that, as train.py does.
+    tensors: {name: tensor} instead of the model's own. Raises InputError.
     """
     directory = Path(directory)
+    state = model.state_dict() if tensors is None else tensors
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
+
+    def write_weights(path):
+        save_file(state, path, metadata={"format": "pt"})
+
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        write_text(directory / "config.json", json.dumps(published_config(model), indent=2) + "\n")
-        for name, content in (tokenizer.files if tokenizer else {}).items():
-            write_whole(directory / name, lambda path: path.write_bytes(content))
-        state = {
-            name: tensor.contiguous() for name, tensor in (tensors or model.state_dict()).items()
-        }
-        write_whole(
-            directory / "model.safetensors",
-            lambda path: save_file(state, path, metadata={"format": "pt"}),
-        )
+        config = json.dumps(published_config(model, tokenizer), indent=2)
+        write_text(directory / "config.json", config + "\n")
+        if tokenizer is not None:
+            for name, content in tokenizer.files.items():
+                write_bytes(directory / name, content)
+        write_whole(directory / "model.safetensors", write_weights)
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"{directory}: could not be written ({error}); free space or choose another directory"
         ) from None
 
 
-# ---- checkpoints of a run: the published layout, and beside it what training needs to go on ---------------------------
+# ---- python load_weights.py DIR ------------------------------------------------------------------
 
 
-# ---- tokenizers ------------------------------------------------------------------------------------------------------
-
-
-# ---- python load_weights.py DIR --------------------------------------------------------------------------------------
-
-
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(
-        description="Load a model, print what was found, continue one prompt."
+        description="Load a model, print what was found, and continue one prompt."
     )
     parser.add_argument(
         "directory",
         nargs="?",
-        help="a Hugging Face backbone or LoopUS checkpoint: preset, directory or hub id",
+        help="a Hugging Face backbone or a LoopUS checkpoint: preset, directory or hub id",
     )
     parser.add_argument("--list", action="store_true", help="list the presets instead")
     parser.add_argument("--split", metavar="E,D", type=parse_split)
     parser.add_argument("--prompt", default="The capital of France is")
     args = parser.parse_args()
-    if args.list:
-        print(f"{'preset':22} {'hub id':36} revision  split  parameters  bfloat16  licence")
-        for name, (source, revision, split, billions, licence) in PRESETS.items():
-            print(
-                f"{name:22} {'comes with the code' if EMBEDDED in Path(source).parents else source:36} {revision or '-':8}  {'{},{}'.format(*split) if split else 'own':5} "
-                f"{billions:9.4g} B {billions * 2:6.4g} GB  {licence}"
-            )
-        return
-    if not args.directory:
+    if not args.directory and not args.list:
         parser.error("name a preset, a directory or a hub id, or give --list")
-    directory, known = find(args.directory)
-    model, tokenizer = load(str(directory), split=args.split or known)
-    c, count = model.config, lambda module: sum(p.numel() for p in module.parameters()) / 1e6
-    mid, end = c.encoder_layers, c.num_hidden_layers - c.decoder_layers
+    return args
+
+
+def print_presets():
+    print(f"{'preset':22} {'hub id':36} split  parameters  bfloat16  licence")
+    for name, preset in PRESETS.items():
+        is_embedded = EMBEDDED in Path(preset.source).parents
+        source = "comes with the code" if is_embedded else preset.source
+        split = "own" if preset.split is None else "{},{}".format(*preset.split)
+        size = f"{preset.billions:9.4g} B {preset.billions * 2:6.4g} GB"
+        print(f"{name:22} {source:36} {split:5} {size}  {preset.licence}")
+
+
+def print_model(model):
+    c = model.config
+    first = c.encoder_layers
+    last = c.num_hidden_layers - c.decoder_layers
+    kind = "plain backbone (gate and head are new, untrained)"
+    if c.from_checkpoint:
+        kind = "LoopUS checkpoint"
+    print(
+        f"  architecture  {c.model_type}, {c.num_hidden_layers} layers, {c.hidden_size} wide, "
+        f"{c.num_attention_heads} query / {c.num_key_value_heads} key-value heads of {c.head_dim}, "
+        f"context {c.max_position_embeddings}"
+    )
+    print(f"  kind          {kind}")
+    print(
+        f"  encoder       layers 0-{first - 1}, {millions(model.encoder):.1f} M parameters "
+        f"with the embedding of {c.vocab_size}"
+    )
+    print(
+        f"  reasoning     layers {first}-{last - 1}, {millions(model.reasoning.layers):.1f} M, "
+        f"run up to {c.loops} times; gate {millions(model.reasoning.gate):.2f} M, "
+        f"head {millions(model.q_head) * 1e3:.1f} k"
+    )
+    print(
+        f"  decoder       layers {last}-{c.num_hidden_layers - 1}, "
+        f"{millions(model.decoder):.1f} M with the output head"
+    )
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    print(f"""{directory}
-  architecture  {c.model_type}, {c.num_hidden_layers} layers, {c.hidden_size} wide, {c.num_attention_heads} query / {c.num_key_value_heads} key-value heads of {c.head_dim}, context {c.max_position_embeddings}
-  kind          {"LoopUS checkpoint" if c.from_checkpoint else "plain backbone (gate and head are new, untrained)"}
-  encoder       layers 0-{mid - 1}, {count(model.encoder):.1f} M parameters with the embedding of {c.vocab_size}
-  reasoning     layers {mid}-{end - 1}, {count(model.reasoning.layers):.1f} M, run up to {c.loops} times; gate {count(model.reasoning.gate):.2f} M, head {count(model.q_head) * 1e3:.1f} k
-  decoder       layers {end}-{c.num_hidden_layers - 1}, {count(model.decoder):.1f} M with the output head
-  stored as     {str(model.decoder.norm.weight.dtype).removeprefix("torch.")}, {size / 1e9:.2f} GB in memory
-  tokenizer     {"none" if tokenizer is None else f"{len(tokenizer.vocab)} tokens, {'SentencePiece-style' if tokenizer.byte_fallback else 'byte-level'} BPE, bos {tokenizer.bos_id}{' (added)' if tokenizer.add_bos else ''}, eos {tokenizer.eos_id}"}""")
+    dtype = str(model.decoder.norm.weight.dtype).removeprefix("torch.")
+    print(f"  stored as     {dtype}, {size / 1e9:.2f} GB in memory")
+
+
+def millions(module):
+    return count_parameters(module) / 1e6
+
+
+def print_tokenizer(tokenizer):
     if tokenizer is None:
+        print("  tokenizer     none")
         return
-    ids, budget = tokenizer.encode(args.prompt, bos=tokenizer.add_bos), min(c.loops, 8)
+    kind = "SentencePiece-style" if tokenizer.byte_fallback else "byte-level"
+    added = " (added)" if tokenizer.add_bos else ""
+    print(
+        f"  tokenizer     {len(tokenizer.vocab)} tokens, {kind} BPE, "
+        f"bos {tokenizer.bos_id}{added}, eos {tokenizer.eos_id}"
+    )
+
+
+def print_continuation(model, tokenizer, prompt):
+    ids = tokenizer.encode(prompt, bos=tokenizer.add_bos)
     require(ids, "--prompt: empty; give at least one character")
-    if not c.from_checkpoint:  # the backbone itself: one loop, the gate wide open
+    budget = min(model.config.loops, 8)
+    how = f"{budget} loops"
+    if not model.config.from_checkpoint:
+        # One loop with a gate that is wide open (α = 1) is the backbone as it was pretrained.
         model.reasoning.gate.A_log.data.fill_(-torch.inf)
         budget = 1
+        how = "the backbone, without the gate"
     steps = model.generate(torch.tensor([ids]), 12, budget=budget, halt="none", temperature=0)
-    text = tokenizer.decode(ids[tokenizer.add_bos :] + [step.tokens.item() for step in steps])
-    print(
-        f"  continued     {text!r} ({f'{budget} loops' if c.from_checkpoint else 'the backbone, without the gate'})"
-    )
+    new = [step.tokens.item() for step in steps]
+    text = tokenizer.decode(ids[tokenizer.add_bos :] + new)
+    print(f"  continued     {text!r} ({how})")
+
+
+def main():
+    args = parse_args()
+    if args.list:
+        print_presets()
+        return
+    directory, known = find(args.directory)
+    model, tokenizer = load(directory, split=args.split or known)
+    print(directory)
+    print_model(model)
+    print_tokenizer(tokenizer)
+    if tokenizer is not None:
+        print_continuation(model, tokenizer, args.prompt)
 
 
 if __name__ == "__main__":
