@@ -1,17 +1,40 @@
 """Text files -> packed batches of tokens.
 
-Documents follow each other, each with bos in front (where the tokenizer adds one) and eos behind, and are cut into full sequences:
-no padding, so every token that is counted is a token that was trained on.
+    files ──► documents ──► one stream of ids ──► sequences (T,) ──► batches (N, T)
+
+Documents follow each other, each with bos in front (where the tokenizer adds one) and the end token
+behind, and the stream is cut into full sequences: no padding, so every token that is counted is a
+token that was trained on. Sequences are shuffled in parts of SHUFFLE and put together to batches.
+
+Positions. Training stops and goes on, so each sequence and each batch comes with the position
+behind it: a small JSON object from which the rest comes again, exactly.
+
+  of a sequence  {"file": "a.jsonl", "document": 7, "carry": [5, 3], "skip": 2}
+                 Document 7 of this file is the one that was being cut. `carry` are the ids that
+                 were left over from before it. Of `carry` and the document's ids together, the
+                 first `skip` sequences have been given. To go on, the document is encoded again.
+  of a batch     {"place": a sequence's position, "part": 4, "left": [[…], …], "made": 3}
+                 Part 4 is the one that was being cut into batches. `place` is where it begins
+                 (None: the data's start), its number and the seed give its order, `left` are the
+                 sequences of before that did not fill a batch, and `made` of its batches have been
+                 given. To go on, the part is read again.
+
+Reading order: files, documents, sequences, batches, and `ahead`, which makes them in a thread.
 """
 
+import codecs
+import functools
 import gzip
 import itertools
 import json
 import lzma
+import os
 import queue
 import re
+import sys
 import threading
-import zlib
+from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -20,110 +43,129 @@ from appendix.errors import InputError, require
 from appendix.hub import fetch, hub_files
 
 SHUFFLE = 1024  # sequences that are shuffled together
+READ = 2**18  # characters of a .txt that are read at once
 
 KINDS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
+KINDS_TEXT = ", ".join(KINDS)
+
+
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def shards(source):
-    """The files of --data, {name: a function that gives its path}: a file, those of a folder, or those of a hub data set (org/name, or
-    org/name/folder), fetched when their turn comes. Of a data set, files that are named after a test or validation split are left out."""
+    """The files of --data -> {name: a function that gives its path}.
+
+    source: a file; a folder, whose files of these KINDS are taken, subfolders' too; or a data set
+    of the hub, org/name or org/name/folder, whose files are fetched when their turn comes.
+    """
     path = Path(source)
     if path.is_dir():
-        files = sorted(
-            file for file in path.rglob("*") if file.name.endswith(KINDS) and file.is_file()
-        )
-        require(files, f"{path}: no {', '.join(KINDS)} file in this folder")
-        return {str(file): lambda file=file: file for file in files}
-    if (
-        path.exists()
-        or path.name.endswith(KINDS)
-        or not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?", str(source))
-    ):
-        return {str(path): lambda: path}
-    owner, name, *folder = str(source).strip("/").split("/")
-    repo, within = f"{owner}/{name}", "".join(f"{part}/" for part in folder)
-    pinned, files = hub_files(repo, "main", "dataset")
-    files = {
-        file: facts
-        for file, facts in sorted(files.items())
-        if file.startswith(within)
-        and file.endswith(KINDS)
-        and not re.search(
-            r"(^|[/_.-])(test|valid|validation|dev)([/_.-]|$)", file.removeprefix(within)
-        )
-    }
+        return folder_shards(path)
+    if path.exists() or path.name.endswith(KINDS):  # what is not there is said when it is read
+        return {str(path): functools.partial(Path, path)}
     require(
-        files,
-        f"{source}: no {', '.join(KINDS)} file to train on in this data set"
-        + f" below {within}" * bool(within),
+        re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?", str(source)),
+        f"{source}: no such file or folder here, and no data set of the hub like org/name",
     )
-    return {
-        file: lambda file=file: fetch(repo, pinned, {file: files[file]}, "dataset") / file
-        for file in files
-    }
+    return hub_shards(str(source))
+
+
+def folder_shards(folder):
+    names = []
+    for path in sorted(folder.rglob("*")):
+        if path.name.endswith(KINDS) and path.is_file():
+            names.append(str(path))
+    require(names, f"{folder}: no {KINDS_TEXT} file in this folder")
+    return {name: functools.partial(Path, name) for name in names}
+
+
+def hub_shards(source):
+    """Files that are named after a test or validation split are left out."""
+    owner, name, *folder = source.strip("/").split("/")
+    repo = f"{owner}/{name}"
+    below = "".join(f"{part}/" for part in folder)
+    commit, facts = hub_files(repo, "main", "dataset")
+    held_back = re.compile(r"(^|[/_.-])(test|valid|validation|dev)([/_.-]|$)")
+    names = []
+    for name in sorted(facts):
+        wanted = name.startswith(below) and name.endswith(KINDS)
+        if wanted and not held_back.search(name.removeprefix(below)):
+            names.append(name)
+    where = f"in this data set below {below}" if below else "in this data set"
+    require(names, f"{source}: no {KINDS_TEXT} file to train on {where}")
+
+    def path_of(name):
+        return fetch(repo, commit, {name: facts[name]}, "dataset") / name
+
+    return {name: functools.partial(path_of, name) for name in names}
+
+
+# ---- documents -----------------------------------------------------------------------------------
 
 
 def documents(path, skip=0):
-    """(number, text) of the documents of a .txt (one), .jsonl, .jsonl.gz, .jsonl.xz or .parquet file (field or column "text"), from number `skip` on."""
-    path = Path(path)
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    try:
-        if path.name.endswith(".txt"):
-            yield 0, path.read_text(encoding="utf-8")
-        elif path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.xz")):
-            with opener(path, "rt", encoding="utf-8") as lines:
-                yield from (
-                    (n, text)
-                    for n, line in enumerate(lines)
-                    if n >= skip
-                    and line.strip()
-                    and (text := text_of(line, f"{path}, line {n + 1}"))
-                )
-        elif path.name.endswith(".parquet"):
-            import pyarrow.parquet
+    """(number, text) of a file's documents, from number `skip` on; empty ones are left out.
 
-            with pyarrow.parquet.ParquetFile(path) as file:
-                columns = {field.name: str(field.type) for field in file.schema_arrow}
-                require(
-                    columns.get("text") in ("string", "large_string"),
-                    f"{path}: expected a column text of strings, found {columns}",
-                )
-                n = 0
-                for group in range(file.num_row_groups):  # a group that is skipped is not read
-                    rows = file.metadata.row_group(group).num_rows
-                    texts = (
-                        file.read_row_group(group, columns=["text"])["text"]
-                        if n + rows > skip
-                        else ()
-                    )
-                    yield from (
-                        (i, text)
-                        for i, cell in enumerate(texts, n)
-                        if i >= skip and (text := cell.as_py())
-                    )
-                    n += rows
+    A .txt is one document; a long one comes in parts, in turn, with the same number. A .jsonl (also
+    .gz, .xz) has one a line, in the field "text"; a .parquet one a row, in the column "text".
+    """
+    path = Path(path)
+    with one_line_errors(path):
+        if path.name.endswith(".txt"):
+            yield from read_text(path)
+        elif path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.xz")):
+            yield from read_lines(path, skip)
+        elif path.name.endswith(".parquet"):
+            yield from read_rows(path, skip)
         else:
-            raise InputError(
-                f"{path}: expected a .txt, .jsonl, .jsonl.gz, .jsonl.xz or .parquet file"
-            )
+            raise InputError(f"{path}: expected a {KINDS_TEXT} file")
+
+
+@contextmanager
+def one_line_errors(path):
+    """Whatever goes wrong in reading a file becomes an InputError."""
+    try:
+        yield
     except InputError:
         raise
-    except (
-        OSError,
-        EOFError,
-        lzma.LZMAError,
-        zlib.error,
-        ValueError,
-    ) as error:  # pyarrow's errors and UnicodeDecodeError are ValueErrors
-        raise InputError(
-            f"{path}: not readable ({(str(error) or type(error).__name__).splitlines()[0]})"
-        ) from None
+    except Exception as error:  # of the system, UTF-8, the decompressors, pyarrow
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path}: not readable ({reason:.200})") from None
+
+
+def open_text(path, newline):
+    """Open a text file, compressed or not: UTF-8, or UTF-16 if a byte order mark says so.
+
+    Windows programs write such marks; they are no part of the text.
+    """
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    with opener(path, "rb") as file:
+        start = file.read(2)
+    utf16 = start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return opener(path, "rt", encoding="utf-16" if utf16 else "utf-8-sig", newline=newline)
+
+
+def read_text(path):
+    with open_text(path, newline="") as file:  # "": line ends stay as they are
+        while text := file.read(READ):
+            yield 0, text
+
+
+def read_lines(path, skip):
+    with open_text(path, newline=None) as lines:
+        for number, line in enumerate(lines):
+            line = line.removeprefix("\ufeff")  # files that were put together have marks inside
+            if number >= skip and line.strip():
+                text = text_of(line, f"{path}, line {number + 1}")
+                if text:
+                    yield number, text
 
 
 def text_of(line, where):
+    """The text of a line of a .jsonl."""
     try:
         text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f'{where}: expected a JSON object with a field "text" ({type(error).__name__}: {error})'
         ) from None
@@ -133,90 +175,209 @@ def text_of(line, where):
     return text
 
 
-def sequences(files, tokenizer, seq_len, place=None):
-    """Full sequences of seq_len ids, packed, from the files of `shards` in turn; each with the place behind it, from which the rest comes again:
-    the file and number of the document that is being cut, the ids left over from before it, and how many of its sequences were given."""
+def read_rows(path, skip):
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        columns = {field.name: str(field.type) for field in file.schema_arrow}
+        require(
+            columns.get("text") in ("string", "large_string"),
+            f"{path}: expected a column text of strings, found {columns}",
+        )
+        first = 0  # row of a group
+        for group in range(file.num_row_groups):
+            end = first + file.metadata.row_group(group).num_rows
+            if end > skip:  # a group that is skipped is not read
+                cells = file.read_row_group(group, columns=["text"])["text"]
+                for number, cell in enumerate(cells, first):
+                    text = cell.as_py() if number >= skip else None
+                    if text:
+                        yield number, text
+            first = end
+
+
+# ---- sequences -----------------------------------------------------------------------------------
+
+
+def sequences(files, tokenizer, seq_len, place=None, special=False):
+    """Full sequences of seq_len ids, each with the position behind it (see the head of this file).
+
+    files: as from `shards`, read in turn. place: the position to go on from. special: are texts of
+    special tokens these tokens? They are plain text otherwise, and that is said once.
+    """
     place = place or {"file": next(iter(files)), "document": 0, "carry": [], "skip": 0}
     require(
         place["file"] in files,
-        f"--data: {place['file']}, in which the run stopped, is not among its {len(files)} files any more",
+        f"--data: {place['file']}, in which the run stopped, is not among its {len(files)} files "
+        "any more",
     )
-    end, carry, skip = (
-        [] if tokenizer.eos_id is None else [tokenizer.eos_id],
-        place["carry"],
-        place["skip"],
-    )
-    for name in itertools.dropwhile(lambda name: name != place["file"], files):
-        for n, text in documents(files[name](), place["document"] * (name == place["file"])):
-            ids = carry + tokenizer.encode(text, bos=tokenizer.add_bos) + end
-            for i in range(skip, len(ids) // seq_len):
-                yield (
-                    ids[i * seq_len : (i + 1) * seq_len],
-                    {"file": name, "document": n, "carry": carry, "skip": i + 1},
+    carry, skip, document = place["carry"], place["skip"], place["document"]
+    names = list(files)
+    names = names[names.index(place["file"]) :]
+    for name in names:
+        for number, ids in encoded_documents(name, files[name](), tokenizer, document, special):
+            rest = list(carry)
+            for made, row in enumerate(full_rows(ids, seq_len, rest), 1):
+                if made > skip:
+                    yield row, {"file": name, "document": number, "carry": carry, "skip": made}
+            carry, skip = rest, 0
+        document = 0
+
+
+def full_rows(ids, seq_len, rest):
+    """Rows of seq_len ids: of `rest`, then of the lists `ids`. What is over stays in `rest`."""
+    for part in ids:
+        rest += part
+        full = len(rest) - len(rest) % seq_len
+        rows = [rest[start : start + seq_len] for start in range(0, full, seq_len)]
+        del rest[:full]
+        yield from rows
+
+
+def encoded_documents(name, path, tokenizer, skip, special):
+    """(number, its ids as lists, in turn) of a file's documents, with bos and end token."""
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    if not end:
+        say_once(
+            "end",
+            f"{tokenizer.path}: neither it nor a file beside it names an end token; documents are "
+            "packed without one between them",
+        )
+    for number, parts in itertools.groupby(documents(path, skip), key=itemgetter(0)):
+        texts = (text for _, text in parts)
+        where = name if name.endswith(".txt") else f"{name}, document {number + 1}"
+        if not special:
+            texts = watched(texts, tokenizer, where)
+        ids = named_errors(tokenizer.encode_parts(texts, tokenizer.add_bos, special), where)
+        yield number, itertools.chain(ids, [end])
+
+
+def named_errors(ids, where):
+    """The same, and an InputError says where."""
+    try:
+        yield from ids
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def watched(texts, tokenizer, where):
+    """The same texts; that one has a special token's text in it is said once."""
+    for text in texts:
+        if "special" not in SAID:
+            token = tokenizer.find_special(text)
+            if token:
+                say_once(
+                    "special",
+                    f"{where}: has the text of a special token, {token}, which is read as plain "
+                    "text; --special-tokens reads such texts as the tokens",
                 )
-            carry, skip = ids[len(ids) - len(ids) % seq_len :], 0
+        yield text
 
 
-def ahead(stream):
-    """The items of a stream, the next one made by a thread while one is used; the thread ends with the program, whatever it waits for."""
-    ready = queue.Queue(1)
-
-    def produce():
-        try:
-            for item in stream:
-                ready.put((item, None))
-        except Exception as error:  # raised where the item would have been used
-            ready.put((None, error))
-
-    threading.Thread(target=produce, daemon=True).start()
-    while True:
-        item, error = ready.get()
-        if error:
-            raise error
-        yield item
+SAID = set()  # what has been said
 
 
-def held_out(path, tokenizer, seq_len, count):
+def say_once(subject, line):
+    """A line on stderr, the first time only, and by one process only."""
+    if subject not in SAID and os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+    SAID.add(subject)
+
+
+# ---- batches -------------------------------------------------------------------------------------
+
+
+def held_out(path, tokenizer, seq_len, count, special=False):
     """The first `count` sequences of a file: (count, seq_len)."""
-    rows = [row for row, _ in itertools.islice(sequences(shards(path), tokenizer, seq_len), count)]
+    stream = sequences(shards(path), tokenizer, seq_len, special=special)
+    rows = [row for row, _ in itertools.islice(stream, count)]
     require(
         len(rows) == count,
-        f"{path}: {len(rows)} sequences of {seq_len} tokens in it, {count} are held out for evaluation; "
-        "give more text, or a smaller --seq-len or --eval-sequences",
+        f"{path}: {len(rows)} sequences of {seq_len} tokens in it, {count} are held out for "
+        "evaluation; give more text, or a smaller --seq-len or --eval-sequences",
     )
     return torch.tensor(rows)
 
 
-def batches(path, tokenizer, batch_size, seq_len, seed, skip=0, position=None):
-    """Batches (batch_size, seq_len) without end, the first `skip` sequences left out, shuffled in parts, anew in each epoch; each with the
-    position behind it (JSON), from which the rest comes again: where its part began, its number, what was left over there, and the batches made since."""
-    start, files = position or {"place": None, "part": 0, "left": [], "made": 0}, shards(path)
-    while True:
-        seen, stream = bool(start["place"]), sequences(files, tokenizer, seq_len, start["place"])
-        if not start["place"]:
+def batches(path, tokenizer, batch_size, seq_len, seed, skip=0, position=None, special=False):
+    """Batches (batch_size, seq_len) without end, each with the position behind it.
+
+    The first `skip` sequences are left out, the others shuffled in parts, anew in each epoch.
+    position: the one to go on from (see the head of this file). special: as in `sequences`.
+    """
+    files = shards(path)
+    part = position or {"place": None, "part": 0, "left": [], "made": 0}
+    while True:  # an epoch
+        stream = sequences(files, tokenizer, seq_len, part["place"], special)
+        found = part["place"] is not None  # an epoch that goes on had sequences already
+        if part["place"] is None:
             stream = itertools.islice(stream, skip, None)
-        while part := list(itertools.islice(stream, SHUFFLE)):
-            seen = True
-            order = torch.randperm(
-                len(part), generator=torch.Generator().manual_seed(seed + start["part"])
-            ).tolist()
-            rows = start["left"] + [part[i][0] for i in order]
+        for entries in in_parts(stream, SHUFFLE):
+            found = True
+            rows = part["left"] + shuffle([row for row, _ in entries], seed + part["part"])
             count = len(rows) // batch_size
-            for i in range(start["made"], count):
-                yield (
-                    torch.tensor(rows[i * batch_size : (i + 1) * batch_size]),
-                    start | {"made": i + 1},
-                )
-            start = {
-                "place": part[-1][1],
-                "part": start["part"] + 1,
-                "left": rows[count * batch_size :],
-                "made": 0,
-            }
+            for i in range(part["made"], count):
+                batch = rows[i * batch_size : (i + 1) * batch_size]
+                yield torch.tensor(batch), part | {"made": i + 1}
+            _, place = entries[-1]
+            left = rows[count * batch_size :]
+            part = {"place": place, "part": part["part"] + 1, "left": left, "made": 0}
+        beside = f" beside the {skip} held out" if skip else ""
         require(
-            seen,
-            f"{path}: too little text for one training sequence of {seq_len} tokens"
-            + f" beside the {skip} held out" * bool(skip)
-            + "; give more text or a smaller --seq-len",
+            found,
+            f"{path}: too little text for one training sequence of {seq_len} tokens{beside}; "
+            "give more text or a smaller --seq-len",
         )
-        start = start | {"place": None}
+        part = part | {"place": None}
+
+
+def in_parts(stream, size):
+    """Lists of `size` items; the last may be shorter."""
+    while part := list(itertools.islice(stream, size)):
+        yield part
+
+
+def shuffle(rows, seed):
+    """The rows in an order that the seed gives."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(rows), generator=generator)
+    return [rows[i] for i in order.tolist()]
+
+
+# ---- in a thread ---------------------------------------------------------------------------------
+
+
+def ahead(stream):
+    """The items of a stream, the next one made by a thread while one is used.
+
+    Whatever ends the thread, an error of any kind too, comes out here, where the item would have.
+    The thread ends with the program, whatever it waits for.
+    """
+    ready = queue.Queue(1)
+
+    def produce():
+        failure = None
+        try:
+            for item in stream:
+                ready.put((item, None))
+        except BaseException as error:  # tiktoken's panics are no Exception
+            failure = error
+        ready.put((None, failure))
+
+    threading.Thread(target=produce, daemon=True).start()
+    while True:
+        item, failure = wait_for(ready)
+        if failure:
+            raise failure
+        if item is None:
+            return
+        yield item
+
+
+def wait_for(ready):
+    """The next entry of a queue. It wakes up every second, so that Ctrl-C is noticed anywhere."""
+    while True:
+        try:
+            return ready.get(timeout=1)
+        except queue.Empty:
+            continue
