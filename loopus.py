@@ -1,224 +1,192 @@
-"""LoopUS, the whole model: a pretrained language model recast into a looped one (arXiv 2605.11011).
+"""LoopUS: a pretrained language model whose middle layers are run again and again.
+
+The method is that of arXiv 2605.11011. The first layers of a pretrained Llama or Qwen3 encode the
+text once (E). Its middle layers become one block (M) that is run up to B times on the same state.
+Its last layers decode the state (D). Two small parts are new: a gate that decides, for each token
+and channel, how much of the block's proposal enters the state, and a head that says when to stop.
 
                      ┌──────────── B times ────────────┐
                      ▼                                 │
     ids ─► E ─ h⁰ ─► hᵇ ─► M ─► M(hᵇ) ─► gate ─► hᵇ⁺¹ ─┴─► D ─► logits
-                     │            │        ▲     (stop once q ≥ q_th)
-                     └─── − ──────┴─► δ ───┴─► head ─► q
+                     │            │        ▲
+                     └─── − ──────┴─► δ ───┴─► head ─► q: stop?
 
-The first layers of the pretrained model encode once (E), its middle layers become one block that is run again and again (M),
-its last layers decode (D). A selective gate decides, per token and channel, how much of the block's proposal enters the state;
-a confidence head says when to stop. h⁰ is not injected again, loops carry no index, rotary angles are the same at every loop.
+The model, with the paper's equation numbers (⊙ is a product channel by channel):
 
-    paper           here                              equation
-    E               Encoder, LoopUS.encode            1
-    M               Reasoning.layers                  2
-    δ, Δ, α         Gate                              3, 4
-    hᵇ⁺¹            LoopUS.loop                       2-5
-    q               q_head, on δ of the last token    9
-    D               Decoder, LoopUS.decode            -
-    B               config.loops, budget              -
-    q_th            config.exit_threshold             9
-    KV cache        Cache, Span                      14-19 (App. A.4)
-    loss            train.training_step               10-13
+    h⁰     = E(ids)                            eq. 1   once; never trained
+    hᵇ⁺¹   = G(M, hᵇ)                          eq. 2   one loop, which is:
+    δ      = M(hᵇ) − hᵇ                                what the block would change
+    Δ      = softplus(W δ + c)                 eq. 3   the gate's step size; W has rank ⌈D / 16⌉
+    α      = exp(−Δ ⊙ exp(A_log))              eq. 4   how far the gate opens, between 0 and 1
+    hᵇ⁺¹   = α ⊙ M(hᵇ) + (1 − α) ⊙ hᵇ          eq. 5   α multiplies the new proposal
+    q      = σ(head(δ of the last token))      eq. 9   confidence; stop once q ≥ q_th
+    logits = D(hᵇ)                                     after any number of loops
 
-Shapes: N rows of a batch, T tokens, D channels (hidden_size), V vocabulary, H query heads, G key/value heads,
-K channels of a head (head_dim), L layers of a stack, S slots of a cache, B loops.
-Pretrained parts carry Hugging Face's names, added parts the published LoopUS checkpoints': `state_dict()` is the file.
+The losses of a supervised loop b, for each sequence of a batch (train.py):
+
+    L_LM   = mean of −log p(next token), p = softmax(D(hᵇ))              eq. 11
+    L_mono = SiLU(L_LM after the loop − L_LM before it)                  eq. 12
+    L_Q    = BCE(q, share of next tokens that argmax D(hᵇ) gets right)   eq. 13
+    L      = L_LM + L_mono + L_Q                                         eq. 10
+
+L_LM makes every depth a place where one may stop and decode. L_mono asks that a loop should not
+make things worse: SiLU(x) is about x where the loss has risen, so that a rise costs its full size,
+and nearly flat where the loss has fallen, so that a loop which helps is not pushed to help ever
+more. L_Q teaches the head how good the state is. Its target belongs to the whole sequence, because
+training decodes all tokens at one depth, and how many of them are right is then known at no cost.
+Its input is one token, because generation has no more when it must decide: the newest token's δ.
+So q estimates how well this depth serves this text, not whether this one token is right.
+
+In the paper no gradient crosses from one loop into the loop before it: the state is detached, so
+that training needs the memory of one loop whatever B is. The price is that a loop learns only what
+lowers the loss at once. With `train.py --horizon` gradients cross several loops.
+
+Letters: N rows of a batch, T tokens, D channels (hidden_size), V vocabulary, H query heads,
+G key/value heads, K channels of a head (head_dim), S columns of a cache, B loops.
+Names: what is pretrained carries Hugging Face's names, what LoopUS adds carries those of the
+published LoopUS checkpoints: `state_dict()` is what their model.safetensors contains.
+
+The first half of this file is the model, leaf to root. The second half is generation: first without
+a cache, which shows what is meant, then with one.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from appendix.errors import InputError, free_memory, require
+from appendix.errors import InputError, require, require_memory
 
-ADDED = ("reasoning.gate.", "q_head.")  # what LoopUS adds to a backbone; fp32 always
+ADDED = ("reasoning.gate.", "q_head.")  # the names of what LoopUS adds to a backbone begin so
 
 
 @dataclass
 class LoopUSConfig:
-    """Shape of the backbone (Hugging Face's field names) and of the recast. Raises InputError if they contradict."""
+    """Shape of the backbone (Hugging Face's field names) and of the recast.
+
+    Raises InputError if the fields contradict each other.
+    """
 
     model_type: str = "llama"  # or "qwen3", which normalises each head's queries and keys
-    vocab_size: int = 32000
+    vocab_size: int = 32000  # V
     hidden_size: int = 2048  # D
     intermediate_size: int = 5632
     num_hidden_layers: int = 22
     num_attention_heads: int = 32  # H
     num_key_value_heads: int | None = None  # G; None: H
-    head_dim: int | None = None  # K; None: D / H. Qwen3's is not D / H
+    head_dim: int | None = None  # K; None: D / H. In Qwen3 it is not D / H
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     max_position_embeddings: int = 2048
-    encoder_layers: int = 1  # layers of E; D has the last `decoder_layers`, M the rest
-    decoder_layers: int = 1
+    encoder_layers: int = 1  # layers of E, from the front
+    decoder_layers: int = 1  # layers of D, from the back; M has the rest
     loops: int = 20  # B
     exit_threshold: float = 0.6  # q_th
     base_model: str = ""  # where the backbone came from, for the record
-    from_checkpoint: bool = False  # loaded from a LoopUS checkpoint, so gate and head are not fresh
+    from_checkpoint: bool = False  # loaded from a LoopUS checkpoint: gate and head are trained
 
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        self.reasoning_layers = self.num_hidden_layers - self.encoder_layers - self.decoder_layers
+        H, G = self.num_attention_heads, self.num_key_value_heads
         require(
             self.model_type in ("llama", "qwen3"),
             f"model_type {self.model_type!r} is not supported; llama and qwen3 are",
         )
+        require(H % G == 0, f"num_attention_heads {H} is no multiple of num_key_value_heads {G}")
         require(
-            self.num_attention_heads % self.num_key_value_heads == 0,
-            f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads {self.num_key_value_heads}",
+            self.head_dim % 2 == 0,
+            f"head_dim {self.head_dim} is odd; rotary positions need pairs of channels",
         )
+        E, D, layers = self.encoder_layers, self.decoder_layers, self.num_hidden_layers
         require(
-            self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd; rotary positions need pairs"
-        )
-        require(
-            min(self.encoder_layers, self.decoder_layers, self.reasoning_layers) >= 1,
-            f"split {self.encoder_layers},{self.decoder_layers} "
-            f"of {self.num_hidden_layers} layers: encoder, reasoning block and decoder each need a layer",
+            min(E, D, self.reasoning_layers) >= 1,
+            f"split {E},{D} of {layers} layers: encoder, reasoning block and decoder each need one",
         )
 
-
-# ---- the backbone: one Llama or Qwen3 layer ------------------------------------------------------------------------
-class Linear(nn.Linear):
-    """A CPU's library may multiply a single token on one thread only (docs/speed.md); here the threads share 16 parts of the outputs."""
-
-    def forward(self, x):
-        alone = x.is_cpu and x.numel() == self.in_features
-        if (
-            alone and torch.compiler.is_compiling()
-        ):  # the compiler writes such a sum as one loop over all threads
-            return (x * self.weight).sum(-1).view(*x.shape[:-1], -1)
-        if alone and x.dtype == torch.float32:
-            parts = math.gcd(self.out_features, 16)  # (P, 1, in) times (P, in, out / P)
-            return torch.bmm(
-                x.expand(parts, 1, -1), self.weight.view(parts, -1, self.in_features).mT
-            ).view(*x.shape[:-1], -1)
-        return super().forward(x)
+    @property
+    def reasoning_layers(self):
+        """Layers of M."""
+        return self.num_hidden_layers - self.encoder_layers - self.decoder_layers
 
 
-def rotary_angles(positions, config, dtype):
-    """cos and sin of every position's angles: (..., T) -> two (..., T, K), to be broadcast over heads."""
-    powers = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
-    angles = positions[..., None].float() / config.rope_theta**powers  # (..., T, K/2)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    return torch.cat((cos, cos), dim=-1), torch.cat(
-        (-sin, sin), dim=-1
-    )  # pair i is channels i and i + K/2
-
-
-def rotate(x, cos, sin):
-    """Turn each pair (x[i], x[i + K/2]) by its angle. Hugging Face's split halves, not interleaved pairs: (N, H, T, K)."""
-    return torch.addcmul(
-        x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin
-    )  # a cos - b sin, b cos + a sin
+# ---- the backbone: one Llama or Qwen3 layer ------------------------------------------------------
 
 
 @dataclass
 class Span:
-    """Tokens on their way through the layers together: where they stand and what they may attend to. With a cache, a span of one
-    token a row is a decoding step and attends to the cache; a longer one is a prompt and attends to itself."""
+    """Neighbouring tokens of every row that go through the layers together.
 
-    cos: torch.Tensor  # (N or 1, 1, T, K)
-    sin: torch.Tensor
-    mask: torch.Tensor | None = (
-        None  # True: may attend; (1, 1, T, T) or (N, 1, 1, width). None: all that is causal
-    )
-    last: torch.Tensor | None = None  # (N,) index of each row's last valid token; None: T - 1
-    rows: list | None = None  # the rows of the cache that its rows stand for, ascending; None: all
-    slot: torch.Tensor | None = (
-        None  # one token: (1,) the slot it is written to. A prompt: (N, width) the token each slot stores
-    )
-    width: int = 0  # slots of the cache that are read
-    written: slice | None = None  # slots of the cache that are written
+    A text that is computed whole is one span. With a cache, a prompt is a span and then every new
+    token is one; `columns`, `visible` and `live` are for the cache only.
+    """
 
-    def take(self, keep):  # the same span with its rows `keep` (a list) only
-        pick = lambda x: (
-            x if x is None or len(x) == 1 else x[keep]
-        )  # of length 1 is what all rows share
-        rows = keep if self.rows is None else [self.rows[i] for i in keep]
-        return replace(
-            self,
-            cos=pick(self.cos),
-            sin=pick(self.sin),
-            mask=pick(self.mask),
-            last=pick(self.last),
-            slot=pick(self.slot),
-            rows=rows,
-        )
+    cos: torch.Tensor  # (N or 1, 1, T, K) of the angles of their positions
+    sin: torch.Tensor  # (N or 1, 1, T, K)
+    mask: torch.Tensor | None = None  # (N or 1, 1, T, S) True: may attend. None: all that is causal
+    columns: torch.Tensor | None = None  # (T,) where their keys and values are written
+    visible: slice | None = None  # the S columns they may attend to
+    live: torch.Tensor | None = None  # (N,) rows that still loop, the only ones written. None: all
 
-    def tail(self, x):
-        return (
-            x[:, -1] if self.last is None else x[torch.arange(len(x), device=x.device), self.last]
-        )  # each row's last valid token: (N, D)
 
-    def attend(self, q, k, v, cache=None):
-        """Attention of q (N, H, T, K) over k, v (N, G, T, K), or over a layer's cache, two of (rows, G, S, K), which they enter first."""
-        if cache is None or q.shape[2] > 1:
-            if cache is not None:  # a prompt: every slot takes the last token that falls to it
-                slot = self.slot[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
-                for room, new in zip(cache, (k.gather(2, slot), v.gather(2, slot))):
-                    room[slice(None) if self.rows is None else self.rows, :, : self.width] = new
-            return F.scaled_dot_product_attention(
-                q, k, v, self.mask, is_causal=self.mask is None and q.shape[2] > 1, enable_gqa=True
-            )
-        if self.rows is None:
-            return self.attend_cached(q, k, v, *cache, self.mask)
-        masks = (
-            [None] * len(q) if self.mask is None else self.mask.split(1)
-        )  # some rows only: one by one, since slices are views
-        return torch.cat(
-            [
-                self.attend_cached(*one, *(x[row : row + 1] for x in cache), mask)
-                for *one, mask, row in zip(q.split(1), k.split(1), v.split(1), masks, self.rows)
-            ]
-        )
+def rotary_angles(positions, config, dtype):
+    """Cosines and sines for `rotate`, of tokens at positions (..., T): two of (..., T, K).
 
-    def attend_cached(self, q, k, v, keys, values, mask):
-        keys.index_copy_(2, self.slot, k), values.index_copy_(2, self.slot, v)
-        grouped = q.view(
-            len(q), k.shape[1], -1, q.shape[3]
-        )  # (N, G, H/G, K): a group's heads read its keys together
-        return F.scaled_dot_product_attention(
-            grouped, keys[:, :, : self.width], values[:, :, : self.width], mask
-        ).view_as(q)
+    Channels i and i + K/2 are a pair and share an angle; the first of them has a negative sine.
+    """
+    powers = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
+    angles = positions[..., None].float() / config.rope_theta**powers  # (..., T, K/2)
+    cos = angles.cos().to(dtype)
+    sin = angles.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (a, b) of channels of x (N, H, T, K) into (a cos − b sin, b cos + a sin).
+
+    The pairs are Hugging Face's, (i, i + K/2), not neighbours as in other code.
+    """
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)  # (b, a)
+    return torch.addcmul(x * cos, swapped, sin)  # x · cos + swapped · sin
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; Qwen3 also normalises each head's queries and keys."""
+    """Grouped-query attention with rotary positions; Qwen3 also normalises queries and keys."""
 
     def __init__(self, config):
         super().__init__()
-        D, H, G, self.head_dim = (
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-        K = self.head_dim
-        self.q_proj, self.k_proj, self.v_proj = (
-            Linear(D, heads * K, bias=False) for heads in (H, G, G)
-        )
-        self.o_proj = Linear(H * K, D, bias=False)
-        self.q_norm, self.k_norm = (
-            nn.RMSNorm(K, config.rms_norm_eps) if config.model_type == "qwen3" else None
-            for _ in "qk"
-        )
+        D, K = config.hidden_size, config.head_dim
+        self.head_dim = K
+        self.q_proj = nn.Linear(D, config.num_attention_heads * K, bias=False)
+        self.k_proj = nn.Linear(D, config.num_key_value_heads * K, bias=False)
+        self.v_proj = nn.Linear(D, config.num_key_value_heads * K, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * K, D, bias=False)
+        self.normed = config.model_type == "qwen3"
+        if self.normed:
+            self.q_norm = nn.RMSNorm(K, config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(K, config.rms_norm_eps)
 
-    def forward(self, x, span, kv=None):
+    def forward(self, x, span, cache=None):
+        """x (N, T, D) -> (N, T, D). cache: this layer's LayerCache, or None."""
         N, T, _ = x.shape
-        q, k, v = (
-            proj(x).view(N, T, -1, self.head_dim).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)  # (N, H, T, K), (N, G, T, K)
-        q, k = rotate(q, span.cos, span.sin), rotate(k, span.cos, span.sin)
-        return self.o_proj(span.attend(q, k, v, kv).transpose(1, 2).flatten(2))  # (N, T, D)
+        q = self.q_proj(x).view(N, T, -1, self.head_dim).transpose(1, 2)  # (N, H, T, K)
+        k = self.k_proj(x).view(N, T, -1, self.head_dim).transpose(1, 2)  # (N, G, T, K)
+        v = self.v_proj(x).view(N, T, -1, self.head_dim).transpose(1, 2)  # (N, G, T, K)
+        if self.normed:
+            q = self.q_norm(q)
+            k = self.k_norm(k)
+        q = rotate(q, span.cos, span.sin)
+        k = rotate(k, span.cos, span.sin)
+        if cache is not None:
+            k, v = cache.update(k, v, span)  # (N, G, S, K): the earlier tokens' too
+        causal = span.mask is None and T > 1
+        y = F.scaled_dot_product_attention(q, k, v, span.mask, is_causal=causal, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -226,18 +194,17 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D, I = config.hidden_size, config.intermediate_size
-        self.gate_proj, self.up_proj, self.down_proj = (
-            Linear(D, I, bias=False),
-            Linear(D, I, bias=False),
-            Linear(I, D, bias=False),
-        )
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nn.Module):
+    """A pre-norm transformer layer: (N, T, D) -> (N, T, D)."""
+
     def __init__(self, config):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -245,200 +212,176 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, span, kv=None):
-        x = x + self.self_attn(self.input_layernorm(x), span, kv)
+    def forward(self, x, span, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), span, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Layers(nn.ModuleList):
-    """A stack of layers; its cache is a list of theirs."""
+    """A stack of layers: (N, T, D) -> (N, T, D). cache: a list of their LayerCaches, or None."""
 
-    def forward(self, x, span, kv=None):
+    def __init__(self, config, depth):
+        super().__init__(Layer(config) for _ in range(depth))
+
+    def forward(self, x, span, cache=None):
         for i, layer in enumerate(self):
-            x = layer(x, span, None if kv is None else kv[i])
+            x = layer(x, span, None if cache is None else cache[i])
         return x
 
 
-# ---- what LoopUS adds: the gate, and three names for the parts ------------------------------------------------------
+# ---- what LoopUS adds ----------------------------------------------------------------------------
+
+
 class Gate(nn.Module):
-    """Selective gate: how far each channel of each token opens to the proposal M(h), from δ = M(h) - h (eq. 3, 4): as in Mamba,
-    Δ = softplus(W_Δ δ + b_Δ), W_Δ of rank r = ceil(D / 16), and α = exp(Δ ⊙ A), A = -exp(A_log). Loading and training keep it in fp32."""
+    """The selective gate: how far each channel of each token opens to the proposal M(h).
+
+    It is Mamba's selective step size: a softplus makes a positive step Δ of δ, and every channel
+    has a rate of its own, exp(A_log), at which α falls as the step grows.
+    """
 
     def __init__(self, config):
         super().__init__()
-        D, r = config.hidden_size, math.ceil(config.hidden_size / 16)
-        self.dt_input_proj = nn.Linear(D, r, bias=False)
-        self.delta_proj = nn.Linear(r, D)
+        D = config.hidden_size
+        rank = math.ceil(D / 16)
+        self.dt_input_proj = nn.Linear(D, rank, bias=False)
+        self.delta_proj = nn.Linear(rank, D)
         self.A_log = nn.Parameter(torch.empty(D))
-        if not self.A_log.is_meta:  # load_weights builds without memory and fills afterwards
+        if not self.A_log.is_meta:  # load_weights builds models without memory and fills them after
             self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self, init="paper"):
-        """`paper`: the released initialisation; mean α at δ = 0 is 0.25 at D = 576, 0.05 at D = 4096: mostly shut.
-        `open`: α = 0.9 in every channel, whatever δ: the loss after one loop is the pretrained one within 2 % (docs/smollm2.md)."""
+        """Fill a fresh gate, in one of two ways.
+
+        `paper`: as the authors' code does. Steps from 0.001 to 0.1 and rates 1 … D, both as in
+        Mamba, so that the channels cover many time scales. The wider the model, the more it is
+        shut: mean α at δ = 0 is 0.25 for D = 576 and 0.05 for D = 4096.
+        `open`: α = 0.9 in every channel whatever δ is. The first loop is then nearly the pretrained
+        model: its loss is the pretrained one within 2 % (docs/smollm2.md).
+        """
         require(init in ("paper", "open"), f"gate init {init!r}: expected paper or open")
-        D, r = self.delta_proj.weight.shape
+        D, rank = self.delta_proj.weight.shape
         self.dt_input_proj.reset_parameters()
         if init == "paper":
-            nn.init.uniform_(self.delta_proj.weight, -(r**-0.5), r**-0.5)
-            dt = torch.empty(D).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
+            nn.init.uniform_(self.delta_proj.weight, -(rank**-0.5), rank**-0.5)
+            step = torch.empty(D).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
             self.A_log.copy_(torch.arange(1, D + 1).log())
         else:
-            self.delta_proj.weight.zero_(), self.A_log.zero_()
-            dt = torch.full((D,), -math.log(0.9))
-        self.delta_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # so that softplus(bias) = dt
+            self.delta_proj.weight.zero_()
+            self.A_log.zero_()
+            step = torch.full((D,), -math.log(0.9))
+        inverse_softplus = step + torch.log(-torch.expm1(-step))
+        self.delta_proj.bias.copy_(inverse_softplus)  # so that softplus(bias) = step
 
     def forward(self, delta):
-        """δ (N, T, D) -> α (N, T, D) in (0, 1)."""
+        """δ (N, T, D) -> α (N, T, D)."""
         step = F.softplus(self.delta_proj(self.dt_input_proj(delta)))  # Δ, eq. 3
         return torch.exp(-step * self.A_log.exp())  # α, eq. 4
 
 
 class Encoder(nn.Module):
+    """E: the embedding and the first layers."""
+
     def __init__(self, config):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = Layers(Layer(config) for _ in range(config.encoder_layers))
+        self.layers = Layers(config, config.encoder_layers)
 
-    def forward(self, ids, span, kv=None):
-        return self.layers(self.embed_tokens(ids), span, kv)  # (N, T) -> (N, T, D)
+    def forward(self, ids, span, cache=None):
+        """ids (N, T) -> h⁰ (N, T, D). Eq. 1."""
+        return self.layers(self.embed_tokens(ids), span, cache)
 
 
 class Reasoning(nn.Module):
+    """M with its gate: the block that is looped."""
+
     def __init__(self, config):
         super().__init__()
-        self.layers = Layers(Layer(config) for _ in range(config.reasoning_layers))
+        self.layers = Layers(config, config.reasoning_layers)
         self.gate = Gate(config)
+
+    def forward(self, h, span, cache=None):
+        """One loop: hᵇ (N, T, D) -> hᵇ⁺¹ (N, T, D) and δ (N, T, D).
+
+        The layers compute in the backbone's precision, often bf16. The gate's parameters stay fp32
+        (loading, load_weights.py, and training, appendix/optim.py, see to it), and δ, α and the
+        mixture are computed in fp32: δ is a difference of two large numbers, and an α near 0 or 1
+        needs more digits than bf16 has.
+        """
+        precision = self.gate.A_log.dtype
+        proposal = self.layers(h, span, cache).to(precision)  # M(hᵇ)
+        old = h.to(precision)
+        delta = proposal - old  # δ
+        alpha = self.gate(delta)  # eq. 3, 4
+        mixed = alpha * proposal + (1 - alpha) * old  # eq. 5
+        return mixed.to(h.dtype), delta
 
 
 class Decoder(nn.Module):
+    """D: the last layers, the final norm and the output head."""
+
     def __init__(self, config):
         super().__init__()
-        self.layers = Layers(Layer(config) for _ in range(config.decoder_layers))
+        self.layers = Layers(config, config.decoder_layers)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = Linear(
-            config.hidden_size, config.vocab_size, bias=False
-        )  # untied: a copy of a tied embedding, trained alone
+        # A backbone whose head is tied to its embedding gives a copy, which is trained alone.
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def logits(self, h):
-        return self.lm_head(self.norm(h))  # (..., D) -> (..., V)
+    def logits(self, x):
+        """What the layers made (..., D) -> (..., V)."""
+        return self.lm_head(self.norm(x))
 
-    def last(self, h, span, kv=None):
-        return self.logits(
-            span.tail(self.layers(h, span, kv))
-        )  # (N, T, D) -> (N, V), at each row's last valid token
+    def forward(self, h, span, cache=None):
+        """h (N, T, D) -> logits (N, T, V)."""
+        return self.logits(self.layers(h, span, cache))
 
-
-# ---- generation: the caches, the stopping rules, the sampling -------------------------------------------------------
-HALTS = ("confidence", "convergence", "cdf", "argmax", "kl", "none")
-
-
-class Cache:
-    """Keys and values of all tokens so far: one set for E, one per loop depth for M, one for D (eq. 14-19). At depth b a token
-    attends, for every earlier token, to what that one made at depth b, or at its last depth if it stopped before (`fill`). With
-    one depth (kv="shared") every loop overwrites the token's own entry. S slots are a ring: the newest takes the oldest's place."""
-
-    def __init__(self, config, rows, size, depths, like):
-        need, free = (
-            rows * size * self.bytes_per_token(config, depths, like.dtype),
-            free_memory(like.device),
-        )
-        require(
-            need < free,
-            f"a cache of {rows} x {size} tokens, {depths} loops deep, takes {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on "
-            f"{like.device}: lower max_new_tokens, the budget, the window or the number of rows, or take kv shared",
-        )
-        shape = (rows, config.num_key_value_heads, size, config.head_dim)
-        room = lambda layers, depths: [
-            [like.new_zeros(depths, *shape) for _ in "kv"] for _ in range(layers)
-        ]  # a layer's two of (B, N, G, S, K)
-        at = lambda layers, depth: [[x[depth] for x in layer] for layer in layers]
-        self.layers = room(config.reasoning_layers, depths)
-        self.encoder, self.decoder = (
-            at(room(config.encoder_layers, 1), 0),
-            at(room(config.decoder_layers, 1), 0),
-        )
-        self.reasoning = [at(self.layers, depth) for depth in range(depths)]
-
-    @staticmethod
-    def bytes_per_token(config, depths, dtype):
-        return (
-            (config.num_hidden_layers + (depths - 1) * config.reasoning_layers)
-            * 2
-            * config.num_key_value_heads
-            * config.head_dim
-            * dtype.itemsize
-        )
-
-    def fill(self, loops, span):
-        """The span's rows stopped after `loops` loops: its keys and values at the last of them stand for all deeper ones."""
-        for row in span.rows:
-            for stored in (
-                x[:, row, :, span.written] for layer in self.layers for x in layer
-            ):  # (B, G, slots, K)
-                stored[loops:] = stored[loops - 1]
+    def last(self, h, span, cache=None):
+        """h (N, T, D) -> logits (N, V) of the last token only."""
+        return self.logits(self.layers(h, span, cache)[:, -1])
 
 
-@dataclass
-class Step:
-    """One new token a row. A row that has ended gives eos_id, 0 loops and confidence 0."""
-
-    tokens: torch.Tensor  # (N,)
-    loops: torch.Tensor  # (N,) loops run by the pass that produced the token
-    confidence: torch.Tensor  # (N,) q after the last of them
-
-
-def sample(logits, noise, temperature, top_k, top_p):
-    """Next tokens (N,) from logits (N, V). `noise`: one random generator a row, so that a row draws what it draws alone."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if top_k is not None:
-        logits = logits.masked_fill(
-            logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf
-        )
-    if top_p is not None:  # the smallest set of tokens that holds top_p of the probability
-        p, order = logits.softmax(-1).sort(descending=True, stable=True)
-        drop = p.cumsum(-1) - p >= top_p
-        logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
-    waits = torch.stack([torch.empty_like(logits[0]).exponential_(generator=g) for g in noise])
-    return (logits.softmax(-1) / waits).argmax(
-        -1
-    )  # the first of V exponential clocks to ring, rates p: a draw from p
-
-
-# ---- the model ------------------------------------------------------------------------------------------------------
 class LoopUS(nn.Module):
-    """E, M with its gate, D and the confidence head. Its module tree is the published checkpoints' layout."""
+    """E, M with its gate, D and the confidence head. Its module tree is the published layout."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.encoder, self.reasoning, self.decoder = (
-            Encoder(config),
-            Reasoning(config),
-            Decoder(config),
-        )
+        self.encoder = Encoder(config)
+        self.reasoning = Reasoning(config)
+        self.decoder = Decoder(config)
         self.q_head = nn.Sequential(
             nn.LayerNorm(config.hidden_size), nn.Linear(config.hidden_size, 1)
         )
-        self.compiled, self.static = None, False  # load_weights.compile_decoding
+
+    def span(self, T, window=None):
+        """All T tokens of a text, without a cache; a token sees the last `window`, None: all."""
+        weight = self.decoder.norm.weight
+        positions = torch.arange(T, device=weight.device)
+        cos, sin = rotary_angles(positions[None, None], self.config, weight.dtype)
+        mask = None
+        if window is not None and window < T:
+            mask = sees(positions, positions, window)[None, None]
+        return Span(cos, sin, mask)
+
+    def q_logit(self, delta):
+        """δ (N, T, D) -> the confidence's logit (N,), from the last token."""
+        return self.q_head(delta[:, -1]).squeeze(-1)
 
     def encode(self, ids):
-        """h⁰ = E(x): (N, T) -> (N, T, D). Eq. 1."""
-        return self.encoder(ids, self._span(ids.shape[-1]))
+        """ids (N, T) -> h⁰ (N, T, D). Eq. 1."""
+        return self.encoder(ids, self.span(ids.shape[1]))
 
     def loop(self, h):
-        """One gated pass of M: (N, T, D) -> hᵇ⁺¹ (N, T, D) and the confidence's logit (N,). Eq. 2-5, 9."""
-        return self._loop(h, self._span(h.shape[1]))
+        """hᵇ (N, T, D) -> hᵇ⁺¹ (N, T, D) and the confidence's logit (N,). Eq. 2-5, 9."""
+        h, delta = self.reasoning(h, self.span(h.shape[1]))
+        return h, self.q_logit(delta)
 
     def decode(self, h):
-        """D(h): (N, T, D) -> logits (N, T, V)."""
-        return self.decoder.logits(self.decoder.layers(h, self._span(h.shape[1])))
+        """h (N, T, D) -> logits (N, T, V)."""
+        return self.decoder(h, self.span(h.shape[1]))
 
     def forward(self, ids, loops=None):
-        """Logits (N, T, V) after exactly `loops` loops (None: config.loops)."""
+        """ids (N, T) -> logits (N, T, V) after exactly `loops` loops (None: config.loops)."""
         loops = self.config.loops if loops is None else loops
         require(loops >= 1, f"loops {loops}: expected 1 or more")
         h = self.encode(ids)
@@ -447,253 +390,513 @@ class LoopUS(nn.Module):
         return self.decode(h)
 
     def pretrained_loop(self, h):
-        """M(h), without the gate: (N, T, D) -> (N, T, D)."""
-        return self.reasoning.layers(h, self._span(h.shape[1]))
+        """M(h) as it was pretrained, without the gate: (N, T, D) -> (N, T, D)."""
+        return self.reasoning.layers(h, self.span(h.shape[1]))
 
     def forward_pretrained(self, ids):
-        """Logits (N, T, V) of the backbone as it was loaded: E, M once without the gate, D."""
+        """ids (N, T) -> logits (N, T, V) of the backbone as it was loaded: E, M without gate, D."""
         return self.decode(self.pretrained_loop(self.encode(ids)))
 
-    def _span(self, T, window=None, **where):
-        """T tokens from position 0 on. Beyond a window of W, token i attends to i - W + 1 … i only."""
-        weight = self.decoder.norm.weight
-        positions = torch.arange(T, device=weight.device)
-        ago = positions[:, None] - positions
-        mask = (
-            ((ago >= 0) & (ago < window))[None, None] if window is not None and window < T else None
-        )
-        return Span(*rotary_angles(positions[None, None], self.config, weight.dtype), mask, **where)
+    def new_cache(self, rows, columns, depths):
+        """An empty Cache. A method, so that compiled decoding can give another kind."""
+        return Cache(self.config, rows, columns, depths, self.decoder.norm.weight)
 
-    def _loop(self, h, span, kv=None):
-        gate = self.reasoning.gate
-        m, state = (x.to(gate.A_log.dtype) for x in (self.reasoning.layers(h, span, kv), h))
-        delta = m - state  # δ = M(h) - h, eq. 3
-        alpha = gate(delta)  # eq. 3, 4
-        mixed = alpha * m + (1 - alpha) * state  # eq. 5
-        return mixed.to(h.dtype), self.q_head(span.tail(delta)).squeeze(-1)
 
-    def generate(
-        self,
-        ids,
-        max_new_tokens,
-        *,
-        lengths=None,
-        budget=8,
-        exit_threshold=0.6,
-        halt="confidence",
-        kv="latest",
-        temperature=1.0,
-        top_k=None,
-        top_p=None,
-        eos_id=None,
-        seed=None,
-        use_cache=True,
-        window=None,
-    ):
-        """Continue prompts; an iterator of `Step`, one a new token.
+def sees(reader, seen, window):
+    """Who sees whom: (T, S), True where the token in column reader[i] may attend to column seen[j].
 
-        ids (N, T), padded on the right; lengths (N,) the valid tokens of each row (None: all). A token's pass runs up to `budget`
-        loops and stops by `halt`, each row by itself; a prompt's tokens stop together, by the last one:
-          confidence   q >= exit_threshold (eq. 9)                  argmax  the most likely token did not change
-          cdf          1 - Π (1 - qʲ) >= exit_threshold (App. E)    kl      KL(pᵇ ‖ pᵇ⁻¹) <= exit_threshold, in nats
-          convergence  ‖hᵇ - hᵇ⁻¹‖₂ <= exit_threshold (App. E)      none    never: exactly `budget` loops
-        kv: `latest` keeps keys and values per loop depth, `shared` one set (see Cache). temperature 0: argmax. Row r draws
-        with seed + r. eos_id ends a row; None: never. window: a token attends to the last `window` tokens, itself included
-        (None: max_position_embeddings). use_cache=False computes every prefix anew, its tokens together. Raises InputError.
+    It sees itself and what came before it, `window` tokens in all.
+    """
+    distance = reader[:, None] - seen
+    return (distance >= 0) & (distance < window)
+
+
+# ---- generation: drawing a token -----------------------------------------------------------------
+
+
+@dataclass
+class Sampler:
+    """How the next token is drawn from its logits."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    generators: list[
+        torch.Generator
+    ]  # one a row, so that a row in a batch draws what it draws alone
+
+    def draw(self, logits, rows):
+        """logits (N, V) of these rows of the batch -> tokens (N,); temperature 0: the likeliest."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        logits = logits.float() / self.temperature
+        if self.top_k is not None:
+            smallest = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
+            logits = logits.masked_fill(logits < smallest, -torch.inf)
+        if self.top_p is not None:  # keep the smallest set of tokens that holds top_p of p
+            p, order = logits.softmax(-1).sort(descending=True, stable=True)
+            drop = p.cumsum(-1) - p >= self.top_p
+            logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
+        p = logits.softmax(-1)
+        drawn = [
+            torch.multinomial(p[i], 1, generator=self.generators[r]) for i, r in enumerate(rows)
+        ]
+        return torch.cat(drawn)
+
+
+def check_finite(logits):
+    """Refuse logits that no token can be drawn from. The one wait for the device per token."""
+    if all(logits.isfinite().all(-1).tolist()):
+        return
+    raise InputError(
+        f"the next token's logits are not finite, computed in {str(logits.dtype)[6:]}: the weights "
+        "hold nan or inf, or numbers grew too large for this dtype; try --dtype float32, or "
+        "another checkpoint"
+    )
+
+
+# ---- generation: when a pass stops ---------------------------------------------------------------
+
+
+@dataclass
+class Loop:
+    """One loop of a pass, as a stopping rule sees it: the last token of each row."""
+
+    confidence: torch.Tensor  # (N,) q, eq. 9
+    doubt: torch.Tensor  # (N,) Π (1 − qʲ) over the loops so far
+    moved: torch.Tensor  # (N,) ‖hᵇ − hᵇ⁻¹‖₂
+    decode: Callable[[], torch.Tensor]
+
+    @cached_property
+    def logits(self):
+        """(N, V) of the next token. This runs D, so a rule pays for it only if it asks.
+
+        A rule that asks must do so at every loop, the first too: D's cache then ends with the last.
         """
-        require(
-            ids.dim() == 2 and ids.numel() > 0,
-            f"ids of shape {tuple(ids.shape)}: expected (rows, tokens), neither empty",
-        )
-        lengths = (
-            [ids.shape[1]] * len(ids) if lengths is None else torch.as_tensor(lengths).tolist()
-        )
-        require(
-            len(lengths) == len(ids) and all(1 <= n <= ids.shape[1] for n in lengths),
-            f"lengths {lengths}: expected {len(ids)} from 1 to {ids.shape[1]}",
-        )
-        require(
-            0 <= ids.min() and ids.max() < self.config.vocab_size,
-            f"token ids from {ids.min()} to {ids.max()}: the vocabulary is 0 to {self.config.vocab_size - 1}",
-        )
-        require(halt in HALTS, f"halt {halt!r}: expected one of {', '.join(HALTS)}")
-        require(kv in ("latest", "shared"), f"kv {kv!r}: expected latest or shared")
-        window, most = (
-            self.config.max_position_embeddings if window is None else window,
-            1 if halt in ("confidence", "cdf") else math.inf,
-        )
-        for name, value, low, high in (
-            ("budget", budget, 1, math.inf),
-            ("max_new_tokens", max_new_tokens, 0, math.inf),
-            ("window", window, 1, math.inf),
-            ("exit_threshold", exit_threshold, 0, most),
-            ("temperature", temperature, 0, math.inf),
-            ("top_k", top_k, 1, math.inf),
-            ("top_p", top_p, 1e-9, 1),
-        ):
-            require(
-                value is None or low <= value <= high, f"{name} {value}: expected {low} to {high}"
-            )
-        seed = torch.randint(2**62, ()).item() if seed is None else seed
-        noise = [torch.Generator(ids.device).manual_seed(seed + r) for r in range(len(ids))]
-        draw = lambda logits, rows: sample(
-            logits, [noise[r] for r in rows], temperature, top_k, top_p
-        )
-        return self._generate(
-            ids.long(),
-            lengths,
+        return self.decode()
+
+
+# A rule says which rows have looped enough, (N,) bool, from this loop, the loop before (None at the
+# first) and the threshold. A new rule is a function and an entry in RULES.
+
+
+def never(loop, before, threshold):
+    """Exactly the budget."""
+    return torch.zeros_like(loop.confidence, dtype=torch.bool)
+
+
+def confident(loop, before, threshold):
+    """The head is sure enough (eq. 9)."""
+    return loop.confidence >= threshold
+
+
+def confident_by_now(loop, before, threshold):
+    """The chance that at least one loop so far was good enough, were they independent (App. E)."""
+    return 1 - loop.doubt >= threshold
+
+
+def converged(loop, before, threshold):
+    """The state hardly moves any more (App. E)."""
+    return loop.moved <= threshold
+
+
+def same_argmax(loop, before, threshold):
+    """The most likely token is the same as a loop before."""
+    new = loop.logits.argmax(-1)
+    if before is None:
+        return never(loop, before, threshold)
+    return new == before.logits.argmax(-1)
+
+
+def same_distribution(loop, before, threshold):
+    """The next token's distribution hardly changes: KL(pᵇ ‖ pᵇ⁻¹), in nats."""
+    new = loop.logits.float().log_softmax(-1)
+    if before is None:
+        return never(loop, before, threshold)
+    old = before.logits.float().log_softmax(-1)
+    return F.kl_div(old, new, reduction="none", log_target=True).sum(-1) <= threshold
+
+
+RULES = {
+    "confidence": confident,
+    "cdf": confident_by_now,
+    "convergence": converged,
+    "argmax": same_argmax,
+    "kl": same_distribution,
+    "none": never,
+}
+
+
+@dataclass
+class Stopping:
+    """When a pass ends: after `budget` loops, or once the rule says so."""
+
+    budget: int
+    rule: Callable
+    threshold: float
+
+
+# ---- generation without a cache: what is meant, and the oracle for all that is faster ------------
+
+
+@dataclass
+class Step:
+    """One new token a row. A row that has ended repeats its last token, with 0 loops and q = 0."""
+
+    tokens: torch.Tensor  # (N,)
+    loops: torch.Tensor  # (N,) loops run by the pass that produced the token
+    confidence: torch.Tensor  # (N,) q after the last of them
+
+
+def distance(new, old):
+    """How far the last token's state moved: two of (N, T, D) -> (N,)."""
+    return (new - old)[:, -1].float().norm(dim=-1)
+
+
+@torch.inference_mode()
+def continue_plainly(model, ids, max_new_tokens, stopping, draw, eos_ids, window):
+    """Continue one row, ids (1, T); for every new token the whole text is computed again."""
+    for _ in range(max_new_tokens):
+        span = model.span(ids.shape[1], window)
+        h = model.encoder(ids, span)
+        doubt = 1.0
+        loops = 0
+        before = None
+        for _ in range(stopping.budget):
+            new, delta = model.reasoning(h, span)
+            q = model.q_logit(delta).sigmoid()
+            doubt = doubt * (1 - q)
+            loop = Loop(q, doubt, distance(new, h), partial(model.decoder.last, new, span))
+            h = new
+            loops += 1
+            if stopping.rule(loop, before, stopping.threshold).item():
+                break
+            before = loop
+        check_finite(loop.logits)
+        token = draw(loop.logits)  # (1,)
+        yield Step(token, torch.full_like(token, loops), q)
+        if token.item() in eos_ids:
+            return
+        ids = torch.cat((ids, token[:, None]), dim=1)
+
+
+def continue_rows_plainly(model, ids, lengths, max_new_tokens, stopping, draw, eos_ids, window):
+    """The same for all rows of ids (N, T), each by itself, as steps of the whole batch."""
+    rows = [
+        continue_plainly(
+            model,
+            ids[r : r + 1, :n],
             max_new_tokens,
-            dict(budget=budget, halt=halt, threshold=exit_threshold),
-            kv,
-            draw,
-            eos_id,
-            use_cache,
+            stopping,
+            partial(draw, rows=[r]),
+            eos_ids,
             window,
         )
-
-    @torch.inference_mode()
-    def _generate(
-        self, ids, lengths, max_new_tokens, stopping, kv, draw, eos_id, use_cache, window
-    ):
-        (N, T), device, weight = ids.shape, ids.device, self.decoder.norm.weight
-        size, rows, ragged = min(window, T + max_new_tokens), [*range(N)], min(lengths) < T  # S
-        cache = (
-            Cache(self.config, N, size, stopping["budget"] if kv == "latest" else 1, weight)
-            if use_cache
-            else None
+        for r, n in enumerate(lengths)
+    ]
+    latest = [None] * len(rows)
+    for steps in zip_longest(*rows):
+        for r, step in enumerate(steps):
+            if step is None:  # the row has ended
+                tokens = latest[r].tokens
+                step = Step(
+                    tokens, torch.zeros_like(tokens), torch.zeros_like(latest[r].confidence)
+                )
+            latest[r] = step
+        yield Step(
+            torch.cat([step.tokens for step in latest]),
+            torch.cat([step.loops for step in latest]),
+            torch.cat([step.confidence for step in latest]),
         )
-        lengths = torch.tensor(lengths, device=device)
-        pads, slots = T - lengths, torch.arange(size, device=device)
-        for end in range(
-            T - 1, T - 1 + max_new_tokens
-        ):  # every row ends at column `end` of the cache, and begins behind its pad
-            width = size if self.static and end >= T else min(size, end + 1)
-            held = (
-                end - (end - slots[:width]) % size
-            )  # the column whose keys and values a slot holds: the last that is s modulo S
-            chosen = None if len(rows) == N else rows
-            if use_cache and (end >= T or T == 1):  # one token a row
-                mask = held >= pads[:, None, None, None] if ragged or self.static else None
-                angles = rotary_angles((end - pads)[:, None, None], self.config, weight.dtype)
-                span = Span(
-                    *angles,
-                    mask,
-                    None,
-                    chosen,
-                    slots[end % size :][:1],
-                    width,
-                    slice(end % size, end % size + 1),
-                )
-            else:  # all so far
-                stored = (held - pads[:, None]).clamp(min=0)
-                span = self._span(
-                    ids.shape[1],
-                    window,
-                    last=lengths - 1,
-                    rows=chosen,
-                    slot=stored,
-                    width=width,
-                    written=slice(width),
-                )
-            logits, loops, confidence = self._think(ids, span, cache, **stopping)
-            tokens = draw(logits, rows)
-            step = (
-                (tokens, eos_id or 0),
-                (torch.tensor(loops, device=device), 0),
-                (confidence, 0.0),
-            )
-            yield Step(
-                *(
-                    x
-                    if chosen is None
-                    else x.new_full((N,), ended).index_copy(0, torch.tensor(rows, device=device), x)
-                    for x, ended in step
-                )
-            )
-            keep = (
-                [i for i, token in enumerate(tokens.tolist()) if token != eos_id]
-                if eos_id is not None
-                else rows
-            )
-            if not keep:
+
+
+# ---- the cache -----------------------------------------------------------------------------------
+
+
+class LayerCache:
+    """Keys and values of one layer, (N, G, S, K) each: a column for each token.
+
+    Prompts are padded on the left, so all rows end in the same column and the next token of every
+    row goes into the next one. What a row's pads hold is never looked at by its tokens:
+
+        column   0  1  2  3  4  5
+        row 0    the cat sat on a _
+        row 1    ·   ·   ·  it is _
+    """
+
+    def __init__(self, keys, values):
+        self.keys = keys
+        self.values = values
+
+    def update(self, k, v, span):
+        """Write a span's k and v (N, G, T, K); -> the keys and values (N, G, S, K) it may see.
+
+        Rows that are not live keep what they have.
+        """
+        if span.live is not None:
+            live = span.live[:, None, None, None]
+            k = torch.where(live, k, self.keys.index_select(2, span.columns))
+            v = torch.where(live, v, self.values.index_select(2, span.columns))
+        self.keys.index_copy_(2, span.columns, k)
+        self.values.index_copy_(2, span.columns, v)
+        return self.keys[:, :, span.visible], self.values[:, :, span.visible]
+
+
+class Cache:
+    """Keys and values of all tokens so far (eq. 14-19): lists of LayerCaches for E, M and D.
+
+    kv="latest" (depths = budget): M has a set for each loop. At loop b a token sees, of every
+    earlier token, what that one made at loop b, or at its last loop if it stopped before that
+    (`settle`).
+    kv="shared" (depths = 1): M has one set. Every loop overwrites the token's own entry, so earlier
+    tokens are always seen at their last loop, and the cache is smaller by a factor of B.
+    `reference` in tests/test_generate.py says the same in plain lists, token by token.
+    """
+
+    def __init__(self, config, rows, columns, depths, like):
+        require_memory(
+            rows * columns * cache_bytes(config, depths, like.dtype),
+            like.device,
+            f"a cache of {rows} x {columns} tokens, {depths} loops deep",
+            "lower max_new_tokens, the budget or the number of rows, or take kv shared",
+        )
+        self.depths = depths
+        shape = (rows, config.num_key_value_heads, columns, config.head_dim)
+
+        def layer_cache():
+            return LayerCache(like.new_zeros(shape), like.new_zeros(shape))
+
+        def all_depths():
+            return like.new_zeros(depths, *shape)
+
+        self.encoder = [layer_cache() for _ in range(config.encoder_layers)]
+        self.decoder = [layer_cache() for _ in range(config.decoder_layers)]
+        # M's layers keep all depths in one tensor each, (depths, N, G, S, K), for `settle`.
+        self.block = [(all_depths(), all_depths()) for _ in range(config.reasoning_layers)]
+        self.loops = [
+            [LayerCache(keys[b], values[b]) for keys, values in self.block] for b in range(depths)
+        ]
+
+    def loop(self, b):
+        """M's LayerCaches for loop b."""
+        return self.loops[min(b, self.depths - 1)]
+
+    def visible(self, start, T, window):
+        """The columns that a span of T tokens from column `start` on may see."""
+        return slice(max(0, start - window + 1), start + T)
+
+    def settle(self, loops, columns):
+        """Row r has stopped after loops[r] loops: its last loop stands for all deeper ones.
+
+        loops (N,), columns (T,). A row that ran no loop keeps what it has.
+        """
+        depths = torch.arange(self.depths, device=loops.device)[:, None]
+        source = torch.where(loops > 0, torch.minimum(depths, loops - 1), depths)  # (depths, N)
+        rows = torch.arange(len(loops), device=loops.device)
+        for keys, values in self.block:
+            for x in (keys, values):
+                made = x.index_select(3, columns)  # (depths, N, G, T, K)
+                x.index_copy_(3, columns, made[source, rows])
+
+
+def cache_bytes(config, depths, dtype):
+    """Bytes of one token in a Cache."""
+    layers = config.encoder_layers + config.decoder_layers + depths * config.reasoning_layers
+    return layers * 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+
+# ---- generation with a cache ---------------------------------------------------------------------
+
+
+def cached_span(model, cache, start, T, pads, window):
+    """The T tokens in the columns from `start` on. pads (N,): how many of a row's first columns are
+    padding; None: none anywhere."""
+    weight = model.decoder.norm.weight
+    columns = torch.arange(start, start + T, device=weight.device)
+    visible = cache.visible(start, T, window)
+    positions = columns[None]
+    if pads is not None:
+        positions = (columns - pads[:, None]).clamp(min=0)  # (N, T)
+    cos, sin = rotary_angles(positions[:, None], model.config, weight.dtype)
+
+    mask = None  # one token sees all of `visible`; a whole prompt is causal
+    whole = T == 1 or (start == 0 and window >= T)
+    if pads is not None or not whole or visible.stop > start + T:
+        seen = torch.arange(visible.start, visible.stop, device=weight.device)
+        mask = sees(columns, seen, window)[None]  # (1, T, S)
+        if pads is not None:
+            no_pad = seen >= pads[:, None, None]
+            itself = columns[:, None] == seen  # a pad sees itself: softmax of nothing would be nan
+            mask = mask & (no_pad | itself)  # (N, T, S)
+        mask = mask[:, None]
+    return Span(cos, sin, mask, columns, visible)
+
+
+def think(model, ids, span, cache, live, stopping):
+    """One pass over ids (N, T): encode, loop until every row has stopped, decode the last token.
+
+    A row that has stopped is frozen: it stays in the batch, which loops on for the others, but its
+    state and its entries in the cache stay as they are. live (N,): rows that have not ended.
+    -> logits (N, V), loops (N,), q (N,)
+    """
+    h = model.encoder(ids, span, cache.encoder)
+    looping = replace(span)  # the same tokens, of which only live rows write to M's cache
+    q = torch.zeros(len(ids), device=h.device)
+    doubt = torch.ones(len(ids), device=h.device)
+    loops = torch.zeros(len(ids), dtype=torch.long, device=h.device)
+    before = None
+    running = live.tolist()
+    for b in range(stopping.budget):
+        looping.live = None if all(running) else live
+        new, delta = model.reasoning(h, looping, cache.loop(b))
+        moved = distance(new, h)
+        h = torch.where(live[:, None, None], new, h)
+        q = torch.where(live, model.q_logit(delta).sigmoid(), q)
+        doubt = torch.where(live, doubt * (1 - q), doubt)
+        loops = loops + live
+        loop = Loop(q, doubt, moved, partial(model.decoder.last, h, span, cache.decoder))
+        if stopping.rule is not never and b + 1 < stopping.budget:
+            live = live & ~stopping.rule(loop, before, stopping.threshold)
+            running = live.tolist()  # the one wait for the device in a loop
+            if not any(running):
+                break
+        before = loop
+    if stopping.rule is not never:
+        cache.settle(loops, span.columns)
+    return loop.logits, loops, q
+
+
+@torch.inference_mode()
+def continue_with_cache(model, ids, pads, max_new_tokens, stopping, depths, draw, eos_ids, window):
+    """Continue all rows of ids (N, T), padded on the left by pads (N,): a pass for the prompt, then
+    one for every new token."""
+    N, T = ids.shape
+    cache = model.new_cache(N, T + max_new_tokens, depths)
+    ends = torch.tensor(eos_ids, device=ids.device)
+    ended = torch.zeros(N, dtype=torch.bool, device=ids.device)
+    start = 0
+    for _ in range(max_new_tokens):
+        span = cached_span(model, cache, start, ids.shape[1], pads, window)
+        logits, loops, q = think(model, ids, span, cache, ~ended, stopping)
+        check_finite(logits)
+        tokens = torch.where(ended, ids[:, -1], draw(logits, range(N)))
+        yield Step(tokens, loops, q)
+        if eos_ids:
+            ended = ended | torch.isin(tokens, ends)
+            if all(ended.tolist()):
                 return
-            if len(keep) < len(rows):  # a row that has ended leaves the batch
-                rows, (tokens, lengths, pads, ids) = (
-                    [rows[i] for i in keep],
-                    (x[keep] for x in (tokens, lengths, pads, ids)),
-                )
-            ids = (
-                tokens[:, None]
-                if use_cache
-                else torch.cat((ids, ids[:, :1]), dim=1).scatter(
-                    1, lengths[:, None], tokens[:, None]
-                )
-            )
-            lengths = lengths + 1
+        start += ids.shape[1]
+        ids = tokens[:, None]
 
-    def _think(self, ids, span, cache, budget, halt, threshold):
-        """One pass of a span of N rows: encode, loop until each row stops, decode. -> last logits (N, V), loops [N], q (N,)"""
-        parts = [self.encoder, self._loop, self.decoder.last]
-        encode, loop, decode = (
-            self.compiled
-            if self.compiled and cache and ids.shape[1] == 1 and span.rows is None
-            else parts
+
+def pad_on_the_left(ids, lengths):
+    """Rows (N, T) padded on the right -> padded on the left, and their pads (N,), None if none."""
+    T = max(lengths)
+    rows = [row[:T].roll(T - n) for row, n in zip(ids, lengths, strict=True)]
+    if min(lengths) == T:
+        return torch.stack(rows), None
+    return torch.stack(rows), torch.tensor([T - n for n in lengths], device=ids.device)
+
+
+def check_prompts(ids, lengths, vocab_size):
+    """Refuse prompts that cannot be continued, in one line."""
+    require(
+        ids.dim() == 2 and ids.numel() > 0,
+        f"ids of shape {tuple(ids.shape)}: expected (rows, tokens), neither empty",
+    )
+    N, T = ids.shape
+    require(
+        len(lengths) == N and all(1 <= n <= T for n in lengths),
+        f"lengths {lengths}: expected {N} from 1 to {T}",
+    )
+    low, high = ids.min().item(), ids.max().item()
+    require(
+        low >= 0 and high < vocab_size,
+        f"token ids from {low} to {high}: the vocabulary is 0 to {vocab_size - 1}",
+    )
+
+
+def check_option(name, value, low, high=math.inf):
+    """Refuse a number out of its range, in one line."""
+    require(value is None or low <= value <= high, f"{name} {value}: expected {low} to {high}")
+
+
+def check_choice(name, value, choices):
+    """Refuse a word that is none of the choices, in one line."""
+    require(value in choices, f"{name} {value!r}: expected one of {', '.join(choices)}")
+
+
+def generate(
+    model,
+    ids,
+    max_new_tokens,
+    *,
+    lengths=None,
+    budget=8,
+    exit_threshold=0.6,
+    halt="confidence",
+    kv="latest",
+    temperature=1.0,
+    top_k=None,
+    top_p=None,
+    eos_id=None,
+    seed=None,
+    use_cache=True,
+    window=None,
+):
+    """Continue prompts: an iterator of `Step`, one a new token. Called as model.generate(ids, …).
+
+    ids (N, T), padded on the right; lengths (N,): the valid tokens of each row (None: all).
+    A token's pass runs up to `budget` loops and stops by `halt`, each row by itself; the tokens of
+    a prompt stop together, by the last one:
+      confidence   q >= exit_threshold (eq. 9)
+      cdf          1 − Π (1 − qʲ) >= exit_threshold (App. E)
+      convergence  ‖hᵇ − hᵇ⁻¹‖₂ <= exit_threshold (App. E)
+      argmax       the most likely token did not change
+      kl           KL(pᵇ ‖ pᵇ⁻¹) <= exit_threshold, in nats
+      none         never: exactly `budget` loops
+    kv: `latest` or `shared`, see Cache. temperature 0: the most likely token. Row r draws with
+    seed + r. eos_id: the id, or several, that end a row (None: nothing does). window: a token
+    sees the last `window` tokens, itself included (None: max_position_embeddings).
+    use_cache=False computes every text anew, its tokens together: slow, and what the cache is
+    tested against. Raises InputError before anything runs, and where logits are not finite.
+    """
+    config = model.config
+    if lengths is None:
+        lengths = [ids.shape[-1]] * len(ids)
+    lengths = torch.as_tensor(lengths).tolist()
+    check_prompts(ids, lengths, config.vocab_size)
+    check_choice("halt", halt, RULES)
+    check_choice("kv", kv, ("latest", "shared"))
+    check_option("budget", budget, 1)
+    check_option("max_new_tokens", max_new_tokens, 0)
+    check_option("window", window, 1)
+    check_option(
+        "exit_threshold", exit_threshold, 0, 1 if halt in ("confidence", "cdf") else math.inf
+    )
+    check_option("temperature", temperature, 0)
+    check_option("top_k", top_k, 1)
+    check_option("top_p", top_p, 1e-9, 1)
+
+    if window is None:
+        window = config.max_position_embeddings
+    if seed is None:
+        seed = torch.randint(2**62, ()).item()
+    eos_ids = [] if eos_id is None else torch.as_tensor(eos_id).reshape(-1).tolist()
+    stopping = Stopping(budget, RULES[halt], exit_threshold)
+    generators = [torch.Generator(ids.device).manual_seed(seed + r) for r in range(len(ids))]
+    draw = Sampler(temperature, top_k, top_p, generators).draw
+    ids = ids.long()
+
+    if not use_cache:
+        return continue_rows_plainly(
+            model, ids, lengths, max_new_tokens, stopping, draw, eos_ids, window
         )
-        h, N, live, all_span, all_decode, logits = (
-            encode(ids, span, cache and cache.encoder),
-            len(ids),
-            [*range(len(ids))],
-            span,
-            decode,
-            None,
-        )
-        at, loops, q, doubt = (
-            torch.arange(N, device=h.device),
-            [budget] * N,
-            torch.zeros(N, device=h.device),
-            torch.ones(N, device=h.device),
-        )
-        for b in range(budget):  # h, q, doubt and logits of a row that has stopped stay as they are
-            before = h[at]
-            after, new_q = loop(
-                before, span, cache and cache.reasoning[min(b, len(cache.reasoning) - 1)]
-            )
-            h, q = h.index_copy(0, at, after), q.index_copy(0, at, new_q.sigmoid().float())
-            doubt = doubt.index_copy(0, at, doubt[at] * (1 - q[at]))  # Π (1 - qʲ)
-            if (
-                halt in ("argmax", "kl")
-            ):  # these decode at every loop; D's entry in the cache is overwritten, so the last one stands
-                new = decode(after, span, cache and cache.decoder).float().log_softmax(-1)
-                old, logits = (
-                    new if b == 0 else logits[at],
-                    new if b == 0 else logits.index_copy(0, at, new),
-                )
-            if b == budget - 1 or halt == "none" or (b == 0 and halt in ("argmax", "kl")):
-                continue
-            stop = {
-                "confidence": lambda: q[at] >= threshold,
-                "cdf": lambda: 1 - doubt[at] >= threshold,
-                "convergence": lambda: span.tail(after - before).float().norm(dim=-1) <= threshold,
-                "argmax": lambda: new.argmax(-1) == old.argmax(-1),
-                "kl": lambda: (
-                    F.kl_div(old, new, reduction="none", log_target=True).sum(-1) <= threshold
-                ),
-            }[halt]().tolist()
-            if any(stop):  # tolist was this loop's one wait for the device
-                done, keep = (
-                    [i for i in range(len(live)) if stop[i] == wanted] for wanted in (True, False)
-                )
-                loops = [
-                    b + 1 if row in (live[i] for i in done) else n for row, n in enumerate(loops)
-                ]
-                if cache and len(cache.reasoning) > 1:
-                    cache.fill(b + 1, span.take(done))
-                if not keep:
-                    break
-                live, span, (_, loop, decode) = [live[i] for i in keep], span.take(keep), parts
-                at = torch.tensor(live, device=h.device)
-        return (
-            all_decode(h, all_span, cache and cache.decoder) if logits is None else logits,
-            loops,
-            q,
-        )
+    ids, pads = pad_on_the_left(ids, lengths)
+    depths = budget if kv == "latest" else 1
+    return continue_with_cache(
+        model, ids, pads, max_new_tokens, stopping, depths, draw, eos_ids, window
+    )
+
+
+LoopUS.generate = generate

@@ -1,15 +1,22 @@
 """Errors for people: one line that says what was found, where, what was expected and what to do."""
 
-import math, os, sys
+import contextlib
+import math
+import os
+import sys
 from pathlib import Path
+
 import torch
+
+CLEAR = "\r\x1b[K"  # a terminal's line, emptied
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used. The message is one line: what, where, found, expected, what to do."""
+    """Something the user gave cannot be used. The message is one line for the user."""
 
 
 def require(ok, problem):
+    """InputError with this message unless ok."""
     if not ok:
         raise InputError(problem)
 
@@ -17,31 +24,85 @@ def require(ok, problem):
 def free_memory(device):
     """Bytes that can still be had on a device; inf where the system does not say."""
     if device.type == "cuda":
-        return (
-            torch.cuda.mem_get_info(device)[0]
-            + torch.cuda.memory_reserved(device)
-            - torch.cuda.memory_allocated(device)
-        )
+        unused, _ = torch.cuda.mem_get_info(device)
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return unused + kept
     if device.type == "cpu" and sys.platform == "linux":
-        with open("/proc/meminfo") as lines:
-            return next(
-                int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
-            )
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) * 1024
     return math.inf
 
 
-def run(main):
-    """Run a script's main: bad input is one line and exit code 2, Ctrl-C is exit code 130, neither a traceback."""
+def require_memory(needed, device, what, advice):
+    """InputError unless `needed` bytes are free on the device."""
+    free = free_memory(device)
+    require(
+        needed < free,
+        f"{what}, takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on {device}: "
+        + advice,
+    )
+
+
+def run_main(main):
+    """Run a script's main and end the program with its exit code.
+
+    Bad input is one line and code 2, Ctrl-C is code 130; neither shows a traceback. What the
+    terminal's encoding lacks is printed as a question mark.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # closed from the start: None
+            stream.reconfigure(errors="replace")
+    script = Path(sys.argv[0]).name
     try:
         main()
+        sys.stdout.flush()
     except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        end(f"{script}: error: {error}", 2)
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # `python sample.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        end("\ninterrupted", 130)
+    except BrokenPipeError:  # python sample.py | head
+        without_stdout()
+        sys.exit(141)  # what the shell gives for a program that SIGPIPE ended
+    except torch.OutOfMemoryError as error:
+        end(f"{script}: error: out of memory on the device ({first_line(error)})", 2)
     except OSError as error:  # a full disk while the log is written, say
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        end(f"{script}: error: {error}", 2)
+
+
+def end(words, code):
+    """Say something on stderr, if anybody listens, and end the program."""
+    with contextlib.suppress(OSError):
+        print(words, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    sys.exit(code)
+
+
+def first_line(error):
+    """The first line of an exception's message, or its kind where it has none."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def without_stdout():
+    """From now on what is printed goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say(words, end="\n"):
+    """Print a line, and go on without a reader if the terminal or the pipe is gone."""
+    try:
+        if sys.stdout.isatty():
+            words = CLEAR + words
+        print(words, end=end, flush=True)
+    except OSError:  # a closed pipe is EPIPE, a terminal that is gone EIO
+        without_stdout()
+
+
+def live(words):
+    """In a terminal, print a line that the next one is written over."""
+    say(words, end="")
+
+
+run = run_main

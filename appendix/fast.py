@@ -1,46 +1,117 @@
-"""Compiled decoding and training, and activations made again instead of kept."""
+"""What makes a model faster without changing what it computes. Everything here is put onto a model
+from outside; loopus.py knows nothing of it.
+
+split_single_token_products   a CPU's threads share the products of one token (decoding)
+compile_decoding              torch.compile for the passes of one token a row
+compile_layers                torch.compile for training
+checkpoint_activations        less memory in training: activations are made again for the gradient
+"""
 
 import functools
+import math
+
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from loopus import ADDED, Cache
+
+PARTS = 16  # into which a product is split: enough for the threads of a small machine
+
+
+class SplitLinear(nn.Linear):
+    """nn.Linear that computes the product of a single token in parts.
+
+    A CPU's library may use only one thread for a matrix times one vector (docs/speed.md). A batch
+    of products, each with a part of the outputs, is shared by all threads. Compiled, a sum of
+    products becomes one loop over all threads.
+    """
+
+    def forward(self, x):
+        single = x.is_cpu and x.numel() == self.in_features
+        if single and torch.compiler.is_compiling():
+            return (x * self.weight).sum(-1).view(*x.shape[:-1], -1)
+        if single and x.dtype == torch.float32:
+            parts = math.gcd(self.out_features, PARTS)
+            weight = self.weight.view(parts, -1, self.in_features)
+            y = torch.bmm(x.expand(parts, 1, -1), weight.mT)  # (parts, 1, out / parts)
+            return y.view(*x.shape[:-1], -1)
+        return super().forward(x)
+
+
+def split_single_token_products(model):
+    """Let the backbone's linear layers compute single tokens in parts, on a CPU in fp32."""
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and not name.startswith(ADDED):
+            module.__class__ = SplitLinear  # the same parameters under the same names
+
+
+class WholeCache(Cache):
+    """A Cache of which every pass reads all columns, the mask hiding what is not there yet.
+
+    CUDA graphs replay the same kernels on the same addresses, so shapes may not grow with the text.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.columns = self.encoder[0].keys.shape[2]
+        layers = [self.encoder, self.decoder, *self.loops]
+        for layer_cache in (entry for layer in layers for entry in layer):
+            torch._dynamo.mark_static_address(layer_cache.keys, guard=False)
+            torch._dynamo.mark_static_address(layer_cache.values, guard=False)
+
+    def visible(self, start, T, window):
+        if T > 1:
+            return super().visible(start, T, window)
+        return slice(0, self.columns)
 
 
 def compile_decoding(model):
-    """From now on `generate` runs a token's encoder, loops and decoder through torch.compile, a loop at a time, so that early exit
-    still saves its loops: the same tokens (in bf16 but for rounding), faster, after a compilation. Prompts, and rows that others have left behind, run as before."""
-    model.static = (
-        model.decoder.norm.weight.is_cuda
-    )  # captured as CUDA graphs, which need shapes and addresses that stay
+    """From now on a pass of one token a row runs E, each loop and D through torch.compile.
+
+    A loop is compiled by itself, so that early exit still saves loops. The tokens are the same (in
+    bf16 but for rounding). Prompts, and loops in which some rows have stopped, run as before.
+    """
+    graphs = model.decoder.norm.weight.is_cuda  # captured as CUDA graphs
     options = {
         "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
         "size_asserts": False,
-        "triton.cudagraphs": model.static,
-        "cpp_wrapper": not model.static,
+        "triton.cudagraphs": graphs,
+        "cpp_wrapper": not graphs,
     }
 
-    def compiled(part, first=False):
-        run = torch.compile(part, dynamic=not model.static, options=options)
+    def compiled(function):
+        fast = torch.compile(function, dynamic=not graphs, options=options)
 
-        def call(x, span, cache):
-            if model.static:
-                for room in (room for layer in cache for room in layer):
-                    torch._dynamo.mark_static_address(room, guard=False)
-                if first:
-                    torch.compiler.cudagraph_mark_step_begin()
-            return run(x, span, cache)
+        def choose(x, span, cache=None):
+            if cache is None or x.shape[1] > 1 or span.live is not None:
+                return function(x, span, cache)
+            return fast(x, span, cache)
 
-        return call
+        return choose
 
-    model.compiled = (
-        compiled(model.encoder, first=True),
-        compiled(model._loop),
-        compiled(model.decoder.last),
-    )
+    def begin(function):
+        def begin_and_call(x, span, cache=None):
+            torch.compiler.cudagraph_mark_step_begin()
+            return function(x, span, cache)
+
+        return begin_and_call
+
+    model.encoder.forward = compiled(model.encoder.forward)
+    model.reasoning.forward = compiled(model.reasoning.forward)
+    model.decoder.last = compiled(model.decoder.last)
+    if graphs:
+        model.encoder.forward = begin(model.encoder.forward)
+        weight = model.decoder.norm.weight
+        model.new_cache = lambda *shape: WholeCache(model.config, *shape, weight)
 
 
 def compile_layers(model):
-    """Compile the trained layers. Of what a layer keeps for the gradient the compiler may keep half and makes the rest again, the cheapest
-    first; what that gives beside layers that are not compiled: docs/training.md."""
+    """Compile the trained layers.
+
+    Of what a layer keeps for the gradient the compiler may keep half, and makes the rest again, the
+    cheapest first; docs/training.md has what that gives.
+    """
     import torch._functorch.config
 
     torch._functorch.config.activation_memory_budget = 0.5

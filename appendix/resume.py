@@ -1,13 +1,145 @@
-"""A run's folder: its checkpoints, from which training goes on, its log, and the signals that end it."""
+"""A run's folder: whether one may write there, its checkpoints, its log, the signals that end it.
 
-import json, os, shutil, signal
-import torch.distributed as dist
+A checkpoint is a folder kind-000123 (kind: step or control) in the published layout, with two files
+beside the weights: trainer.safetensors, the masters and the optimizer's moments, and trainer.json,
+a `Progress`, the run's flags and the SHA-256 of the tensors. It is written under another name and
+renamed as a whole, so a run that is killed at any moment goes on from the newest one bit for bit.
+"""
+
+import contextlib
+import json
+import math
+import os
+import random
+import shutil
+import signal
+from dataclasses import asdict, dataclass, fields
+
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from appendix.errors import InputError, require
+
+from appendix.errors import InputError, require, say
 from appendix.files import read_json, sha256, write_text
-from appendix.parallel import is_sharded, whole
-from load_weights import save
+from appendix.parallel import part_of, rank, whole
+
+# flags that may differ between a run and its continuation
+FREE = ("out", "resume", "device", "keep", "checkpoint_activations", "compile", "shard")
+
+
+@dataclass
+class Progress:
+    """How far a run is: all that is needed to go on as if nothing had happened."""
+
+    step: int = 0  # optimizer steps done
+    tokens: int = 0  # trained on
+    spent: float = 0.0  # seconds of training
+    skipped: int = 0  # steps whose gradient was not finite
+    data: object = None  # the position in the data (JSON), None: its beginning
+    choice: object = None  # state of the generator that draws the supervised loops
+    pretrained: float | None = None  # held-out loss of the model before training
+
+    def generator(self, seed):
+        """The generator that draws the supervised loops, where this run left it."""
+        generator = random.Random(seed)
+        if self.choice is not None:
+            version, state, gauss = self.choice
+            generator.setstate((version, tuple(state), gauss))
+        return generator
+
+
+def run_flags(args):
+    """The flags that a run and its continuation must share, as text."""
+    return {name: str(value) for name, value in vars(args).items() if name not in FREE}
+
+
+def step_of(path):
+    """The step of a checkpoint's folder, kind-000123 -> 123; -1 for another name."""
+    number = path.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1
+
+
+def checkpoints(out, kind):
+    """A run's checkpoints, the oldest first."""
+    found = [path for path in out.glob(f"{kind}-*") if step_of(path) >= 0]
+    return sorted(found, key=step_of)
+
+
+def newest(out, kind):
+    """The newest checkpoint, in words for a message."""
+    found = checkpoints(out, kind)
+    return f"the newest checkpoint is {found[-1]}" if found else "no checkpoint was saved"
+
+
+def open_run(out, kind, flags, resume, restart=False):
+    """May a run be begun or go on in this folder, and from where? -> (Progress, checkpoint or None)
+
+    A run that was stopped goes on, by --resume or by the same command again. InputError for a
+    folder with a run of the other kind, other flags, or a run that is finished (unless restart: a
+    finished run of the tiny world is given again, for its table).
+    """
+    other = "step" if kind == "control" else "control"
+    without = "out" if kind == "control" else ""
+    require(
+        not any(out.glob(f"{other}-*")),
+        f"--out {out}: holds a run already, with{without} --control; choose another folder",
+    )
+    log_exists = (out / "log.jsonl").exists()
+    checkpoint = None
+    progress = Progress()
+    if resume or log_exists:
+        checkpoint, progress = last_whole_checkpoint(out, kind, flags)
+    if resume or not (log_exists or checkpoints(out, kind)):
+        return progress, checkpoint
+    require(
+        checkpoint is not None,
+        f"--out {out}: holds a run already, without log.jsonl or a whole checkpoint; move it away, "
+        "or go on with --resume (afresh if no checkpoint is whole)",
+    )
+    require(
+        restart or progress.step < int(flags["steps"]),
+        f"--out {out}: holds a run already, finished; choose another folder, or train on from "
+        f"it: --model {checkpoint} --out OTHER",
+    )
+    return progress, checkpoint
+
+
+def last_whole_checkpoint(out, kind, flags):
+    """-> (the newest checkpoint that is whole or None, its Progress). A broken one is set aside."""
+    for path in reversed(checkpoints(out, kind)):
+        try:
+            state = read_json(path / "trainer.json")
+            require(state.get("digests") == digests(path), "its tensors are not what was saved")
+            progress = read_progress(state)
+        except InputError as error:
+            say(f"{path}: broken ({error}); it is set aside, the one before it is taken")
+            os.replace(path, path.with_name(f"broken-{path.name}"))
+            continue
+        for name, value in flags.items():
+            trained = state["flags"].get(name)
+            flag = name.replace("_", "-")
+            require(
+                trained == value,
+                f"--out {out}: holds a run already; {path.name} was trained with --{flag} "
+                f"{trained}, now it is {value}; give the same, or another --out (--model {path} "
+                "trains that one further)",
+            )
+        return path, progress
+    return None, Progress()
+
+
+def read_progress(state):
+    """The Progress in a trainer.json. InputError where it is none."""
+    require(isinstance(state.get("flags"), dict), "trainer.json holds no flags")
+    found = {}
+    for field in fields(Progress):
+        require(field.name in state, f"trainer.json holds no {field.name}")
+        found[field.name] = state[field.name]
+    for name in ("step", "tokens", "skipped"):
+        require(
+            type(found[name]) is int and found[name] >= 0,
+            f"trainer.json: {name} is {found[name]!r}, expected a whole number",
+        )
+    return Progress(**found)
 
 
 def digests(directory):
@@ -15,131 +147,122 @@ def digests(directory):
     return {path.name: sha256(path) for path in sorted(directory.glob("*.safetensors"))}
 
 
-def save_checkpoint(model, tokenizer, target, keep, pairs, optimizer, dtype, facts):
-    """Save as `target`, kind-000123, written beside and renamed; of the folder's older ones of the kind, the newest `keep` stay.
-    Beside the published layout: trainer.safetensors (masters, moments) and trainer.json (`facts`)."""
-    if target.exists():  # the data ended in an error right behind a checkpoint
-        return
-    tensors = {
-        name: whole(p, p.to_local().to(dtype)) if is_sharded(p) else p
-        for name, p in model.state_dict().items()
-    }
-    state = {
-        f"{name}.master": whole(p, master.detach())
-        for name, (p, master) in pairs.items()
-        if master is not p
-    }
-    state |= {
-        f"{name}.{moment}": whole(p, x)
-        for name, (p, master) in pairs.items()
-        for moment, x in optimizer.state[master].items()
-    }
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return
-    out, partial, kind = (
-        target.parent,
-        target.with_name(f".{target.name}.partial"),
-        target.name.split("-")[0],
-    )
+@contextlib.contextmanager
+def new_checkpoint(target, keep):
+    """A folder to write a checkpoint into, which becomes `target` once it is whole.
+
+    Of the older ones of its kind the newest `keep` stay, the new one counted. InputError where
+    the disk is full, say.
+    """
+    out = target.parent
+    kind = target.name.split("-")[0]
+    partial = target.with_name(f".{target.name}.partial")
     try:
         for stale in out.glob(f".{kind}-*.partial"):  # of a run that was killed in a save
             shutil.rmtree(stale)
-        save(model, tokenizer, partial, tensors)
-        save_file(state, partial / "trainer.safetensors")
-        (partial / "trainer.json").write_text(
-            json.dumps(facts | {"digests": digests(partial)}) + "\n"
-        )
+        partial.mkdir()
+        yield partial
         os.replace(partial, target)
-        for old in sorted(out.glob(f"{kind}-*"))[:-keep]:
-            shutil.rmtree(
-                old.rename(old.with_name(f".{old.name}.partial"))
-            )  # so that none is ever half there
+        for old in checkpoints(out, kind)[:-keep]:
+            # renamed first, so that none is ever there in parts
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")))
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"{target}: could not be written ({error}); free space, then --resume goes on from the newest checkpoint in {out}"
+            f"{target}: could not be written ({error}); free space, then --resume goes on from the "
+            f"newest checkpoint in {out}"
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def resumable(out, kind, flags):
-    """The newest whole checkpoint of a run in `out` -> (directory, its facts), or None. A broken one is set aside, with a word."""
-    for path in sorted(out.glob(f"{kind}-*"), reverse=True):
-        try:
-            facts = read_json(path / "trainer.json")
-            require(
-                "data" in facts and facts.get("digests") == digests(path),
-                "its tensors are not what was saved",
-            )
-        except InputError as error:
-            print(f"{path}: broken ({error}); it is set aside, the one before it is taken")
-            os.replace(path, path.with_name(f"broken-{path.name}"))
-            continue
-        for name, value in flags.items():
-            require(
-                facts["flags"].get(name) == value,
-                f"--out {out}: holds a run already; {path.name} was trained with --{name.replace('_', '-')} {facts['flags'].get(name)}, now it is {value}; give the same, or another --out",
-            )
-        return path, facts
-
-
-def restore(path, pairs, optimizer):
-    """Put a checkpoint's masters and moments back."""
-    state = load_file(path / "trainer.safetensors")
+def trainer_state(pairs, optimizer):
+    """Masters and moments by name, sharded ones gathered on process 0. Every process takes part."""
+    state = {}
     for name, (p, master) in pairs.items():
-        found = {
-            moment: state[f"{name}.{moment}"]
-            for moment in ("master", "step", "exp_avg", "exp_avg_sq")
-            if f"{name}.{moment}" in state
-        }
-        if is_sharded(p):
-            from torch.distributed.tensor import distribute_tensor
-
-            found = {
-                key: distribute_tensor(x.to(master.device), p.device_mesh, p.placements).to_local()
-                if x.dim()
-                else x
-                for key, x in found.items()
-            }
-        if "master" in found:
-            master.data.copy_(found["master"])
-        optimizer.state[master] = {
-            key: x.to(master.device) for key, x in found.items() if key != "master"
-        }
+        if master is not p:
+            state[f"{name}.master"] = whole(p, master.detach())
+        for moment, x in optimizer.state[master].items():
+            state[f"{name}.{moment}"] = whole(p, x)
+    return state
 
 
-def open_log(path, step):
-    """A run's log.jsonl, what was logged after `step` cut off, opened to go on."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
-        write_text(
-            path,
-            "".join(
-                line + "\n"
-                for line in lines
-                if line.endswith("}") and json.loads(line)["step"] <= step
-            ),
-        )
-        return open(path, "a", encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise InputError(f"--out {path.parent}: not usable ({error})") from None
+def write_trainer_state(directory, state, progress, flags):
+    """Put what training needs to go on beside the weights that lie in directory."""
+    save_file(state, directory / "trainer.safetensors")
+    record = asdict(progress) | {"flags": flags, "digests": digests(directory)}
+    (directory / "trainer.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
-def signals():
-    """Ctrl-C and SIGTERM are from now on added to the list that is returned, until the next call of `no_signals`; a second one ends the program at once."""
-    asked = []
+def restore(checkpoint, pairs, optimizer):
+    """Put a checkpoint's masters and moments back."""
+    state = load_file(checkpoint / "trainer.safetensors")
+    for name, (p, master) in pairs.items():
+        moments = {}
+        for key in ("master", "step", "exp_avg", "exp_avg_sq"):
+            if f"{name}.{key}" in state:
+                moments[key] = part_of(p, state[f"{name}.{key}"]).to(master.device)
+        if "master" in moments:
+            master.data.copy_(moments.pop("master"))
+        optimizer.state[master] = moments
 
-    def ask(number, frame):
-        asked.append(number)
+
+class Log:
+    """A run's log.jsonl, opened to go on after `step`; what was logged later is cut off. Written by
+    process 0, a JSON object a line; numbers that are not finite become null."""
+
+    def __init__(self, out, step):
+        if rank() > 0:
+            self.file = None
+            return
+        path = out / "log.jsonl"
+        kept = []
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            if step and path.exists():
+                for line in path.read_text(encoding="utf-8").splitlines():
+                    if line.endswith("}") and json.loads(line)["step"] <= step:
+                        kept.append(line + "\n")
+            write_text(path, "".join(kept))
+            self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (until the run ends)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"--out {out}: log.jsonl is not usable ({error})") from None
+
+    def write(self, record):
+        if self.file is not None:
+            print(json.dumps(finite(record)), file=self.file, flush=True)
+
+
+def finite(value):
+    """A record with null instead of numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {name: finite(x) for name, x in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+# ---- signals -------------------------------------------------------------------------------------
+
+ENDING = [signal.SIGINT, signal.SIGTERM]  # Ctrl-C, and what a scheduler sends
+if hasattr(signal, "SIGHUP"):
+    ENDING.append(signal.SIGHUP)  # the terminal is gone
+
+
+def catch_signals():
+    """A signal to end goes into the list that is returned; a second one ends the program."""
+    caught = []
+
+    def note(number, frame):
+        caught.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    signal.signal(signal.SIGINT, ask)
-    signal.signal(signal.SIGTERM, ask)
-    return asked
+    for number in ENDING:
+        signal.signal(number, note)
+    return caught
 
 
-def no_signals():
-    """Ctrl-C and SIGTERM end the program again."""
+def release_signals():
+    """Signals end the program again."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import small
-from appendix.fast import compile_decoding
-from loopus import HALTS, Cache, InputError, rotary_angles, rotate
+from appendix.fast import compile_decoding, split_single_token_products
+from loopus import RULES, Cache, InputError, cache_bytes, rotary_angles, rotate
 
 
 def attend(attn, x, position, keys, values, config, window):
@@ -133,7 +134,7 @@ def spread(model, ids):
 
 
 @pytest.mark.parametrize("kv", ["latest", "shared"])
-@pytest.mark.parametrize("halt", HALTS)
+@pytest.mark.parametrize("halt", RULES)
 @pytest.mark.parametrize("window", [64, 5])
 def test_cache_equals_reference(halt, kv, window):
     model = small(3)
@@ -184,7 +185,7 @@ def test_fixed_budget_equals_no_cache(T, window):
 
 
 @pytest.mark.parametrize("kv", ["latest", "shared"])
-@pytest.mark.parametrize("halt", HALTS)
+@pytest.mark.parametrize("halt", RULES)
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_a_row_in_a_batch_gives_what_it_gives_alone(kv, halt, use_cache):
     model, lengths = small(3), [3, 11, 1, 7]
@@ -281,40 +282,48 @@ def test_bad_arguments_are_named_before_anything_runs(change, words):
         small().generate(**{"ids": torch.ones(2, 3).long(), "max_new_tokens": 2} | change)
 
 
-def test_work_of_a_token_is_its_loops_and_nothing_else():
-    """After the prompt every pass sees one token a row; a row that stopped or ended is in no later product; the host never asks the device but by tolist."""
-    from torch.utils._python_dispatch import TorchDispatchMode
+class Waits(TorchDispatchMode):
+    """Notes every operation by which the host waits for one number of the device."""
 
-    class Asked(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            asked.append(function.name()) if function.name() in (
-                "aten::_local_scalar_dense",
-                "aten::nonzero",
-                "aten::masked_select",
-            ) else None
-            return function(*args, **(kwargs or {}))
+    WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
 
-    model, asked, seen = small(3), [], {"E": [], "M": []}
-    model.encoder.layers.register_forward_pre_hook(
-        lambda layers, inputs: seen["E"].append(inputs[0].shape[:2])
-    )
-    model.reasoning.layers.register_forward_pre_hook(
-        lambda layers, inputs: seen["M"].append(inputs[0].shape[:2])
-    )
+    def __init__(self):
+        super().__init__()
+        self.noted = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.name() in self.WAITING:
+            self.noted.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_pass_sees_one_token_a_row_and_runs_the_loops_of_its_slowest_row():
+    """After the prompt every pass sees one token a row; it loops until its last row has stopped;
+    the host never asks the device but by tolist."""
+    model, seen = small(3), {"E": [], "M": []}
+
+    def note(name):
+        def hook(layers, inputs):
+            seen[name].append(inputs[0].shape[:2])
+
+        return hook
+
+    model.encoder.layers.register_forward_pre_hook(note("E"))
+    model.reasoning.layers.register_forward_pre_hook(note("M"))
     ids = torch.randint(0, 50, (4, 6), generator=torch.Generator().manual_seed(4))
-    steps = model.generate(
-        ids, 8, lengths=[3, 6, 1, 5], budget=4, exit_threshold=spread(model, ids), temperature=0
-    )
-    seen["E"].clear(), seen["M"].clear()
-    with Asked():
+    threshold = spread(model, ids)
+    options = {"lengths": [3, 6, 1, 5], "budget": 4, "temperature": 0}
+    steps = model.generate(ids, 8, exit_threshold=threshold, **options)
+    seen["E"].clear()
+    seen["M"].clear()
+    with Waits() as waits:
         steps = list(steps)
-    assert not asked
+    assert not waits.noted
     assert seen["E"] == [(4, 6)] + [(4, 1)] * 7
-    assert (
-        sum(rows for rows, _ in seen["M"])
-        == sum(int(step.loops.sum()) for step in steps)
-        < 4 * 8 * 4
-    )
+    assert {rows for rows, _ in seen["M"]} == {4}
+    slowest = [int(step.loops.max()) for step in steps]
+    assert len(seen["M"]) == sum(slowest) < 8 * 4
+    assert any(len(set(step.loops.tolist())) > 1 for step in steps)
 
 
 def test_cache_is_of_the_size_that_is_said_and_refused_before_it_is_made():
@@ -322,18 +331,15 @@ def test_cache_is_of_the_size_that_is_said_and_refused_before_it_is_made():
 
     def size(depths):
         cache = Cache(model.config, 3, 7, depths, model.decoder.norm.weight)
-        return sum(
-            x.numel() * x.element_size()
-            for layers in (*cache.reasoning, cache.encoder, cache.decoder)
-            for layer in layers
-            for x in layer
-        )
+        layers = [*cache.encoder, *cache.decoder]
+        for b in range(depths):
+            layers += cache.loop(b)
+        return sum(x.numel() * x.element_size() for c in layers for x in (c.keys, c.values))
 
-    latest, shared = (
-        Cache.bytes_per_token(model.config, depths, torch.float64) for depths in (8, 1)
-    )
+    latest = cache_bytes(model.config, 8, torch.float64)
+    shared = cache_bytes(model.config, 1, torch.float64)
     assert (size(8), size(1)) == (3 * 7 * latest, 3 * 7 * shared)
-    outside = Cache.bytes_per_token(model.config, 0, torch.float64)
+    outside = cache_bytes(model.config, 0, torch.float64)
     assert shared - outside == (latest - outside) / 8
     with pytest.raises(InputError, match="GB are free"):
         next(model.generate(torch.ones(2, 3).long(), 10**12, window=10**12))
@@ -342,6 +348,7 @@ def test_cache_is_of_the_size_that_is_said_and_refused_before_it_is_made():
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs a C++ compiler")
 def test_compiled_decoding_gives_the_same_tokens_and_loops():
     eager, compiled = (small(3, dtype=torch.float32, num_hidden_layers=3) for _ in "ec")
+    split_single_token_products(compiled)
     compile_decoding(compiled)
     ids = torch.randint(0, 50, (3, 7), generator=torch.Generator().manual_seed(2))
     for ids, options in (

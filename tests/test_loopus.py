@@ -10,7 +10,8 @@ from conftest import BACKBONES, GOLDEN, small, write_backbone
 from safetensors.torch import load_file
 
 from load_weights import load
-from loopus import Gate, InputError, Linear, LoopUSConfig
+from appendix.fast import SplitLinear as Linear
+from loopus import Gate, InputError, LoopUSConfig
 
 # The tensors that are in no transformer layer, in the order and under the names of the published
 # LoopUS checkpoints.

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import train
+from appendix import chunks
 from conftest import ROOT, script, small
 from loopus import InputError
 
@@ -770,11 +771,11 @@ def test_sharded_gradients_equal_those_of_one_process(tmp_path):
     """Two processes hold half of every layer each; gradients of a chunked, checkpointed step equal those of the whole batch in one process."""
     code = """
 import torch, torch.distributed as dist, train
-from appendix import fast, optim, parallel
+from appendix import chunks, fast, optim, parallel
 from torch.distributed.tensor import DTensor
 from conftest import small
 parallel.join()
-train.CHUNK = 4 * 7 * 50
+chunks.LOGITS = 4 * 7 * 50
 ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(5))
 one, two = small(2, dtype=torch.float32), small(2, dtype=torch.float32)
 parallel.shard(two, torch.float32, torch.device("cpu"))
@@ -856,7 +857,7 @@ def test_logits_are_made_a_chunk_at_a_time_and_memory_does_not_grow_with_loops(m
     ids = torch.randint(0, 5000, (4, 32), generator=torch.Generator().manual_seed(5))
     whole, parts = small(2, vocab_size=5000), small(2, vocab_size=5000)
     train.training_step(whole, ids, 4, {0, 2})
-    monkeypatch.setattr(train, "CHUNK", 4 * 10 * 5000)
+    monkeypatch.setattr(chunks, "LOGITS", 4 * 10 * 5000)
     sizes = []
     with Largest():
         train.training_step(parts, ids, 4, {0, 2})
