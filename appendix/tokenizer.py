@@ -64,6 +64,8 @@ SENTENCEPIECE_SPLIT = " *[^ ]+| +"
 BYTE_LEVEL_CUT = r"(?<=\S)(?= )|(?<=[0-9A-Za-z\u4e00-\u9fff])(?=\n)"
 SENTENCEPIECE_CUT = r"(?<=[^\s▁])(?= )"
 
+PATIENCE = 10  # seconds that a split pattern may take on 100,000 characters, a thousandfold time
+
 # What a section follows: the start of the text, an added token, or text of the part before it.
 START, TOKEN, TEXT = "start", "token", "text"
 
@@ -94,6 +96,7 @@ def check_id(token, id):
 def read_vocab(model):
     """{token: id}, as the file writes tokens."""
     vocab = model["vocab"]
+    require(len(vocab) > 0, "the vocabulary is empty")
     owners = {}
     for token, id in vocab.items():
         check_id(token, id)
@@ -695,7 +698,7 @@ class Tokenizer:
 
     def _pieces(self, section):
         """The pieces of a section, by `regex`."""
-        seconds = 10 + len(section) / 10_000
+        seconds = PATIENCE * (1 + len(section) / 100_000)
         pieces, end = [], 0
         try:
             for match in self.split.finditer(section, timeout=seconds):
