@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from appendix.errors import InputError, require
+from appendix.errors import InputError, first_line, require
 from appendix.files import sha256
 from appendix.tensors import find_index, read_index, weight_files
 
@@ -203,7 +203,7 @@ def explain(error):
     while chain[-1].__cause__:
         chain.append(chain[-1].__cause__)
     status = getattr(getattr(error, "response", None), "status_code", None)
-    reason = (str(chain[-1]) or type(chain[-1]).__name__).splitlines()[0]
+    reason = first_line(chain[-1])
 
     def is_a(*kinds):
         return any(isinstance(link, kinds) for link in chain)

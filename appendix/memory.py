@@ -118,9 +118,6 @@ def announce_training(args, config, dtype, device, world, chunk):
     return advice
 
 
-plan = announce_training  # train.py's name for it
-
-
 def keep_freed_memory():
     """Have glibc keep freed buffers for the next that is asked for, on Linux.
 

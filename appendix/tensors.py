@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from appendix.errors import InputError, require
+from appendix.errors import InputError, first_line, require
 from appendix.files import read_json
 
 # ---- which files of a folder or repository are a model's weights ---------------------------------
@@ -129,9 +129,3 @@ def is_ordinary(name, x):
     if not isinstance(name, str) or not isinstance(x, torch.Tensor):
         return False
     return x.layout == torch.strided and x.device.type == "cpu" and not x.is_quantized
-
-
-def first_line(error):
-    """What an error says, or its kind if it says nothing."""
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""What crosses the disk: formats, strictness, round trips, tokenizers."""
+"""What crosses the disk: formats, round trips, and models that are not what they should be."""
 
 import json
 import random
@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,25 @@ from conftest import (
 )
 from safetensors.torch import load_file, save_file
 
-from load_weights import load, save
+from appendix.memory import count
+from load_weights import load, read_config, save
 from loopus import InputError
 
-# ---- formats ---------------------------------------------------------------------------------------------------------
+
+def same_tensors(one, other):
+    """Are two {name: tensor} the same, bit for bit?"""
+    if list(one) != list(other):
+        return False
+    same = [torch.equal(one[name], other[name]) for name in one]
+    return all(same) and all(one[name].dtype == other[name].dtype for name in one)
+
+
+def change_config(directory, **changes):
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# ---- formats -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -32,73 +48,100 @@ from loopus import InputError
 @pytest.mark.parametrize("shards, old", [(1, False), (3, True)])
 def test_every_format_gives_the_stored_numbers(tmp_path, name, dtype, shards, old):
     stored = write_backbone(tmp_path, name, dtype, shards, old)
+    last = BACKBONES[name]["num_hidden_layers"] - 1
     model, tokenizer = load(tmp_path, split=(1, 1))
     assert tokenizer is None
-    state, n = model.state_dict(), BACKBONES[name]["num_hidden_layers"]
-    assert torch.equal(state["encoder.embed_tokens.weight"], stored["model.embed_tokens.weight"])
-    assert torch.equal(
-        state["reasoning.layers.0.mlp.up_proj.weight"], stored["model.layers.1.mlp.up_proj.weight"]
-    )
-    assert torch.equal(
-        state["decoder.layers.0.self_attn.o_proj.weight"],
-        stored[f"model.layers.{n - 1}.self_attn.o_proj.weight"],
-    )
-    assert torch.equal(
-        state["decoder.lm_head.weight"],
-        stored.get("lm_head.weight", stored["model.embed_tokens.weight"]),
-    )
-    assert (
-        state["decoder.lm_head.weight"].data_ptr()
-        != state["encoder.embed_tokens.weight"].data_ptr()
-    )  # untied
-    assert (
-        state["encoder.embed_tokens.weight"].dtype == dtype
-        and state["q_head.1.weight"].dtype == torch.float32
-    )
+    state = model.state_dict()
+    embedding = stored["model.embed_tokens.weight"]
+    expected = {
+        "encoder.embed_tokens.weight": embedding,
+        "reasoning.layers.0.mlp.up_proj.weight": stored["model.layers.1.mlp.up_proj.weight"],
+        "decoder.layers.0.self_attn.o_proj.weight": stored[
+            f"model.layers.{last}.self_attn.o_proj.weight"
+        ],
+        "decoder.lm_head.weight": stored.get("lm_head.weight", embedding),
+    }
+    for ours, tensor in expected.items():
+        assert torch.equal(state[ours], tensor), ours
+        assert state[ours].dtype == dtype
+    assert state["q_head.1.weight"].dtype == torch.float32
+
+    # A tied head is a copy.
+    head = state["decoder.lm_head.weight"]
+    assert head.data_ptr() != state["encoder.embed_tokens.weight"].data_ptr()
+
     wide, _ = load(tmp_path, split=(1, 1), dtype=torch.float32)
-    assert torch.equal(
-        wide.state_dict()["encoder.embed_tokens.weight"],
-        stored["model.embed_tokens.weight"].float(),
-    )
+    assert torch.equal(wide.state_dict()["encoder.embed_tokens.weight"], embedding.float())
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_bin_file_of_either_format_gives_the_same_numbers(tmp_path, as_zip, shards):
+    """PyTorch writes a zip since 1.6; before, it was one pickle after another."""
+    stored = write_backbone(tmp_path / "base", "llama_gqa")
+    expected, _ = load(tmp_path / "base", split=(1, 1))
+    (tmp_path / "base" / "model.safetensors").unlink()
+    names = sorted(stored)
+    weight_map = {}
+    for i in range(shards):
+        file = "pytorch_model.bin"
+        if shards > 1:
+            file = f"pytorch_model-{i + 1:05d}-of-{shards:05d}.bin"
+        tensors = {name: stored[name] for name in names[i::shards]}
+        content = tensors | {"epoch": 3, f"model.layers.{i}.rotary_emb.inv_freq": torch.ones(4)}
+        torch.save(content, tmp_path / "base" / file, _use_new_zipfile_serialization=as_zip)
+        weight_map |= dict.fromkeys(tensors, file)
+    if shards > 1:
+        index = json.dumps({"weight_map": weight_map})
+        (tmp_path / "base" / "pytorch_model.bin.index.json").write_text(index)
+    found, _ = load(tmp_path / "base", split=(1, 1))
+    for name, tensor in expected.state_dict().items():
+        is_new = name.startswith(("reasoning.gate.", "q_head."))
+        assert is_new or torch.equal(found.state_dict()[name], tensor), name
+
+
+def test_a_config_with_a_byte_order_mark_is_read(tmp_path):
+    """As some Windows programs write it."""
+    write_backbone(tmp_path, "llama_gqa")
+    plain = read_config(tmp_path / "config.json")
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text, encoding="utf-8-sig")
+    assert read_config(tmp_path / "config.json") == plain
+
+
+# ---- round trips ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_save_and_load_is_bit_exact(tmp_path, name):
     write_backbone(tmp_path / "base", name, torch.bfloat16)
     model, _ = load(tmp_path / "base", split=(1, 1))
-    model.config.loops, model.config.exit_threshold = 7, 0.45
+    model.config.loops = 7
+    model.config.exit_threshold = 0.45
     save(model, None, tmp_path / "saved")
     again, _ = load(tmp_path / "saved")
-    assert (again.config.loops, again.config.exit_threshold, again.config.base_model) == (
-        7,
-        0.45,
-        str(tmp_path / "base"),
-    )
-    a, b = model.state_dict(), again.state_dict()
-    assert list(a) == list(b) and all(
-        torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a
-    )
+    assert again.config.loops == 7
+    assert again.config.exit_threshold == 0.45
+    assert again.config.base_model == str(tmp_path / "base")
+    assert same_tensors(model.state_dict(), again.state_dict())
+
     save(again, None, tmp_path / "twice")
     for file in ("config.json", "model.safetensors"):
         assert (tmp_path / "saved" / file).read_bytes() == (tmp_path / "twice" / file).read_bytes()
-    assert not list((tmp_path / "saved").glob("*.partial")) and not list(
-        (tmp_path / "saved").glob(".*")
-    )
+    left = [path.name for path in (tmp_path / "saved").iterdir()]
+    assert not [file for file in left if file.startswith(".") or file.endswith(".partial")]
 
 
 def test_published_config_and_legacy_names(tmp_path):
-    """The fields of the published config.json (PAPER's section 7), and a checkpoint from before `plateau.` became `reasoning.`"""
+    """The published config.json, and a checkpoint from before `plateau.` became `reasoning.`"""
     model = small(dtype=torch.float32)
     save(model, None, tmp_path / "now")
     config = json.loads((tmp_path / "now" / "config.json").read_text())
-    assert (
-        config["model_type"] == "lds" and config["base_config_dict"]["tie_word_embeddings"] is False
-    )
-    assert (
-        config["encoder_layer_indices"],
-        config["reasoning_layer_indices"],
-        config["decoder_layer_indices"],
-    ) == ([0], [1, 2], [3])
+    assert config["model_type"] == "lds"
+    assert config["base_config_dict"]["tie_word_embeddings"] is False
+    assert config["encoder_layer_indices"] == [0]
+    assert config["reasoning_layer_indices"] == [1, 2]
+    assert config["decoder_layer_indices"] == [3]
     assert {
         "base_model_name_or_path",
         "N",
@@ -109,192 +152,372 @@ def test_published_config_and_legacy_names(tmp_path):
     } <= set(config)
     tensors = load_file(tmp_path / "now" / "model.safetensors")
     assert set(tensors) == set(model.state_dict())
+
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "config.json").write_text(json.dumps(config))
-    save_file(
-        {k.replace("reasoning.", "plateau."): v for k, v in tensors.items()},
-        tmp_path / "old" / "model.safetensors",
-    )
+    legacy = {name.replace("reasoning.", "plateau."): tensor for name, tensor in tensors.items()}
+    save_file(legacy, tmp_path / "old" / "model.safetensors")
     old, _ = load(tmp_path / "old")
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(old.state_dict().values(), model.state_dict().values(), strict=True)
-    )
+    assert same_tensors(old.state_dict(), model.state_dict())
+
+
+def test_end_tokens_that_only_config_json_names_survive(tmp_path, backbone):
+    """A checkpoint stops where its base stops, and so does a checkpoint of the checkpoint."""
+    shutil.copytree(backbone, tmp_path / "base")
+    (tmp_path / "base" / "tokenizer_config.json").unlink()
+    change_config(tmp_path / "base", bos_token_id=1, eos_token_id=[2, 5])
+    model, tokenizer = load(tmp_path / "base", split=(1, 1))
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (1, (2, 5))
+    for name in ("saved", "twice"):
+        save(model, tokenizer, tmp_path / name)
+        model, tokenizer = load(tmp_path / name)
+        assert (tokenizer.bos_id, tokenizer.eos_ids) == (1, (2, 5))
 
 
 def test_a_save_that_does_not_fit_leaves_what_was_there(tmp_path):
-    """A real limit on file sizes stands for the full disk: the weights do not fit, the small files do."""
+    """A limit on file sizes stands for the full disk: the weights do not fit, the rest does."""
     save(small(dtype=torch.float32), None, tmp_path / "x")
     before = (tmp_path / "x" / "model.safetensors").read_bytes()
-    code = (
-        "import resource, sys; sys.path[:0] = sys.argv[1:3]\n"
-        "import torch; from conftest import small; from load_weights import save; from appendix.errors import run\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
-        "run(lambda: save(small(seed=9, dtype=torch.float32), None, sys.argv[3]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, ROOT, ROOT / "tests", tmp_path / "x"],
-        capture_output=True,
-        text=True,
-    )
-    assert (
-        done.returncode == 2
-        and "could not be written" in done.stderr
-        and done.stderr.count("\n") == 1
-    ), done.stderr
-    assert (tmp_path / "x" / "model.safetensors").read_bytes() == before and len(
-        list((tmp_path / "x").iterdir())
-    ) == 2
+    code = """
+import resource, sys
+sys.path[:0] = sys.argv[1:3]
+import torch
+from conftest import small
+from load_weights import save
+from appendix.errors import run_main
+
+def main():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+    save(small(seed=9, dtype=torch.float32), None, sys.argv[3])
+
+run_main(main)
+"""
+    command = [sys.executable, "-c", code, ROOT, ROOT / "tests", tmp_path / "x"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "could not be written" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert (tmp_path / "x" / "model.safetensors").read_bytes() == before
+    assert len(list((tmp_path / "x").iterdir())) == 2
 
 
-# ---- strictness ------------------------------------------------------------------------------------------------------
+# ---- what is wrong with a model is said in one line ----------------------------------------------
 
 
-def spoil(directory, how):
-    file, config = directory / "model.safetensors", directory / "config.json"
-    raw, fields = file.read_bytes(), json.loads(config.read_text())
+def truncated(directory):
+    raw = (directory / "model.safetensors").read_bytes()
+    (directory / "model.safetensors").write_bytes(raw[: len(raw) // 2])
+
+
+def empty(directory):
+    (directory / "model.safetensors").write_bytes(b"")
+
+
+def header_lies(directory):
+    raw = (directory / "model.safetensors").read_bytes()
     size = struct.unpack("<Q", raw[:8])[0]
-    rewrite = lambda change: config.write_text(json.dumps({**fields, **change}))
-    tensors = load_file(file)
-    if how == "truncated":
-        file.write_bytes(raw[: len(raw) // 2])
-    elif how == "empty":
-        file.write_bytes(b"")
-    elif how == "header lies":
-        file.write_bytes(struct.pack("<Q", size + 10**9) + raw[8:])
-    elif how == "offsets lie":
-        header = json.loads(raw[8 : 8 + size])
-        header["model.norm.weight"]["data_offsets"][1] += 4
-        text = json.dumps(header).encode()
-        file.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size :])
-    elif how == "no file":
-        file.unlink()
-    elif how == "shape":
-        tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(79, 48)
-        save_file(tensors, file)
-    elif how == "integers":
-        tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int32)
-        save_file(tensors, file)
-    elif how == "missing":
-        del tensors["model.layers.2.mlp.up_proj.weight"]
-        save_file(tensors, file)
-    elif how == "extra":
-        save_file(tensors | {"model.layers.2.self_attn.q_proj.bias": torch.zeros(48)}, file)
-    elif how == "untied without head":
-        del tensors["lm_head.weight"]
-        save_file(tensors, file)
-    elif how.startswith("pickle"):
-        file.unlink()
-        torch.save(
-            {"pickle of a list": [1], "pickle of numbers": dict.fromkeys(tensors, 1)}[how],
-            directory / "pytorch_model.bin",
-        )
-    elif how == "no config":
-        config.unlink()
-    elif how == "config is not JSON":
-        config.write_text(config.read_text()[:-5])
-    elif how == "config is a list":
-        config.write_text("[]")
-    elif how == "config lacks a size":
-        rewrite({"hidden_size": None})
-    elif how == "config has a string":
-        rewrite({"num_hidden_layers": "4"})
-    elif how == "architecture":
-        rewrite({"model_type": "gpt_neox"})
-    elif how == "rope":
-        rewrite({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
-    elif how == "rope, new":
-        rewrite({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}})
-    elif how == "a billion layers":
-        rewrite({"num_hidden_layers": 10**9})
-    elif how == "rope is a word":
-        rewrite({"rope_parameters": "default"})
-    elif how == "small vocabulary":
-        shutil.copy(GOLDEN / "gpt2" / "tokenizer.json", directory)
-    elif how == "bias":
-        rewrite({"attention_bias": True})
-    elif how == "activation":
-        rewrite({"hidden_act": "gelu"})
-    elif how == "shard":
-        (directory / "model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": {n: "model-00002-of-00002.safetensors" for n in tensors}})
-        )
-    elif how == "shard without it":
-        (directory / "model.safetensors.index.json").write_text(
-            json.dumps(
-                {
-                    "weight_map": {
-                        **dict.fromkeys(tensors, "model.safetensors"),
-                        "nowhere": "model.safetensors",
-                    }
-                }
-            )
-        )
-    elif how == "index":
-        (directory / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", size + 10**9) + raw[8:])
+
+
+def offsets_lie(directory):
+    raw = (directory / "model.safetensors").read_bytes()
+    size = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + size])
+    header["model.norm.weight"]["data_offsets"][1] += 4
+    text = json.dumps(header).encode()
+    content = struct.pack("<Q", len(text)) + text + raw[8 + size :]
+    (directory / "model.safetensors").write_bytes(content)
+
+
+def no_file(directory):
+    (directory / "model.safetensors").unlink()
+
+
+def change_tensors(directory, remove=None, **changes):
+    tensors = load_file(directory / "model.safetensors") | changes
+    tensors.pop(remove, None)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def wrong_shape(directory):
+    change_tensors(directory, **{"model.layers.2.mlp.up_proj.weight": torch.zeros(79, 48)})
+
+
+def integers(directory):
+    change_tensors(directory, **{"model.norm.weight": torch.zeros(48, dtype=torch.int32)})
+
+
+def missing(directory):
+    change_tensors(directory, remove="model.layers.2.mlp.up_proj.weight")
+
+
+def extra(directory):
+    change_tensors(directory, **{"model.layers.2.self_attn.q_proj.bias": torch.zeros(48)})
+
+
+def untied_without_head(directory):
+    change_tensors(directory, remove="lm_head.weight")
+
+
+def pickle_of_a_list(directory):
+    no_file(directory)
+    torch.save([1], directory / "pytorch_model.bin")
+
+
+def pickle_of_numbers(directory):
+    names = load_file(directory / "model.safetensors")
+    no_file(directory)
+    torch.save(dict.fromkeys(names, 1), directory / "pytorch_model.bin")
+
+
+class Planted:
+    """Something that a pickle may hold and PyTorch's reader for untrusted files must not make."""
+
+
+def pickle_of_an_object(directory):
+    no_file(directory)
+    torch.save({"model.norm.weight": Planted()}, directory / "pytorch_model.bin")
+
+
+def no_config(directory):
+    (directory / "config.json").unlink()
+
+
+def config_is_not_json(directory):
+    text = (directory / "config.json").read_text()
+    (directory / "config.json").write_text(text[:-5])
+
+
+def config_is_a_list(directory):
+    (directory / "config.json").write_text("[]")
+
+
+def config_is_not_text(directory):
+    (directory / "config.json").write_bytes(b'{"model_type": "\xff"}')
+
+
+def config_is_nested(directory):
+    (directory / "config.json").write_text('{"model_type": ' + "[" * 10**5 + "]" * 10**5 + "}")
+
+
+def config_lacks_a_size(directory):
+    change_config(directory, hidden_size=None)
+
+
+def config_has_a_string(directory):
+    change_config(directory, num_hidden_layers="4")
+
+
+def architecture(directory):
+    change_config(directory, model_type="gpt_neox")
+
+
+def rope(directory):
+    change_config(directory, rope_scaling={"rope_type": "yarn", "factor": 4.0})
+
+
+def new_rope(directory):
+    change_config(directory, rope_parameters={"rope_type": "llama3", "rope_theta": 5e5})
+
+
+def rope_is_a_word(directory):
+    change_config(directory, rope_parameters="default")
+
+
+def a_billion_layers(directory):
+    change_config(directory, num_hidden_layers=10**9)
+
+
+def bias(directory):
+    change_config(directory, attention_bias=True)
+
+
+def activation(directory):
+    change_config(directory, hidden_act="gelu")
+
+
+def small_vocabulary(directory):
+    shutil.copy(GOLDEN / "gpt2" / "tokenizer.json", directory)
+
+
+def write_index(directory, weight_map):
+    path = directory / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": weight_map}))
+
+
+def shard(directory):
+    names = load_file(directory / "model.safetensors")
+    write_index(directory, dict.fromkeys(names, "model-00002-of-00002.safetensors"))
+
+
+def shard_without_it(directory):
+    names = load_file(directory / "model.safetensors")
+    write_index(directory, dict.fromkeys([*names, "nowhere"], "model.safetensors"))
+
+
+def shard_elsewhere(directory):
+    """An index that points out of its folder."""
+    names = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").rename(directory.parent / "outside.safetensors")
+    write_index(directory, dict.fromkeys(names, "../outside.safetensors"))
+
+
+def index(directory):
+    write_index(directory, 3)
+
+
+SPOILT = [
+    (truncated, "model.safetensors"),
+    (empty, "model.safetensors"),
+    (header_lies, "model.safetensors"),
+    (offsets_lie, "model.safetensors"),
+    (no_file, "no model.safetensors"),
+    (wrong_shape, r"model.layers.2.mlp.up_proj.weight has shape \[79, 48\].*\[80, 48\]"),
+    (integers, "model.norm.weight is I32"),
+    (missing, "model.layers.2.mlp.up_proj.weight"),
+    (extra, "model.layers.2.self_attn.q_proj.bias"),
+    (untied_without_head, "lm_head.weight"),
+    (no_config, "config.json"),
+    (config_is_not_json, "config.json"),
+    (config_is_a_list, "config.json"),
+    (config_is_not_text, "config.json: not readable as JSON"),
+    (config_is_nested, "config.json: not readable as JSON .nested too deeply"),
+    (config_lacks_a_size, "hidden_size"),
+    (config_has_a_string, "num_hidden_layers"),
+    (architecture, "gpt_neox"),
+    (rope, "yarn"),
+    (new_rope, "llama3"),
+    (a_billion_layers, "only 39 tensors"),
+    (rope_is_a_word, "rope_parameters"),
+    (small_vocabulary, "97 embeddings"),
+    (bias, "attention_bias"),
+    (activation, "gelu"),
+    (shard, "model-00002-of-00002.safetensors"),
+    (shard_without_it, "nowhere"),
+    (shard_elsewhere, "no weight_map from tensor names to files beside it"),
+    (index, "weight_map"),
+    (pickle_of_a_list, "pytorch_model.bin: not a readable"),
+    (pickle_of_numbers, "only 0 tensors"),
+    (pickle_of_an_object, "pytorch_model.bin: not a readable"),
+]
+
+
+@pytest.mark.parametrize("spoil, words", SPOILT, ids=[spoil.__name__ for spoil, _ in SPOILT])
+def test_a_spoilt_model_is_one_clear_line(tmp_path, spoil, words):
+    directory = tmp_path / "model"
+    write_backbone(directory, "llama_gqa", old=True)
+    spoil(directory)
+    with pytest.raises(InputError, match=words) as error:
+        load(directory, split=(1, 1))
+    assert "\n" not in str(error.value)
+    assert str(directory) in str(error.value)
+
+
+# Values that no field of config.json may have. json writes and reads the last three too.
+ABSURD = [None, True, -1, 0, 0.5, "7", [], {"a": 1}, 10**12, 10**400, 1e400, -1e400, float("nan")]
 
 
 @pytest.mark.parametrize(
-    "how, words",
+    "field",
     [
-        ("truncated", "model.safetensors"),
-        ("empty", "model.safetensors"),
-        ("header lies", "model.safetensors"),
-        ("offsets lie", "model.safetensors"),
-        ("no file", "no model.safetensors"),
-        ("shape", r"model.layers.2.mlp.up_proj.weight has shape \[79, 48\].*\[80, 48\]"),
-        ("integers", "model.norm.weight is I32"),
-        ("missing", "model.layers.2.mlp.up_proj.weight"),
-        ("extra", "model.layers.2.self_attn.q_proj.bias"),
-        ("untied without head", "lm_head.weight"),
-        ("no config", "config.json"),
-        ("config is not JSON", "config.json"),
-        ("config is a list", "config.json"),
-        ("config lacks a size", "hidden_size"),
-        ("config has a string", "num_hidden_layers"),
-        ("architecture", "gpt_neox"),
-        ("rope", "yarn"),
-        ("rope, new", "llama3"),
-        ("a billion layers", "only 39 tensors"),
-        ("rope is a word", "rope_parameters"),
-        ("small vocabulary", "97 embeddings"),
-        ("bias", "attention_bias"),
-        ("activation", "gelu"),
-        ("shard", "model-00002-of-00002.safetensors"),
-        ("shard without it", "nowhere"),
-        ("index", "weight_map"),
-        ("pickle of a list", "pytorch_model.bin: not a readable"),
-        ("pickle of numbers", "only 0 tensors"),
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "head_dim",
+        "num_key_value_heads",
+        "max_position_embeddings",
     ],
 )
-def test_a_spoilt_model_is_one_clear_line(tmp_path, how, words):
+def test_absurd_sizes_are_one_line(tmp_path, field):
+    write_backbone(tmp_path, "llama_gqa")
+    optional = field in ("head_dim", "num_key_value_heads", "max_position_embeddings")
+    for value in ABSURD[optional:]:  # None stands for the default there
+        change_config(tmp_path, **{field: value})
+        with pytest.raises(InputError, match=f"config.json: {field} is ") as error:
+            load(tmp_path, split=(1, 1))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["rope_theta", "rms_norm_eps"])
+def test_absurd_numbers_are_one_line(tmp_path, field):
     write_backbone(tmp_path, "llama_gqa", old=True)
-    spoil(tmp_path, how)
+    for value in [*ABSURD[:4], *ABSURD[5:8], *ABSURD[9:]]:
+        change_config(tmp_path, **{field: value})
+        with pytest.raises(InputError, match=f"config.json: {field} is ") as error:
+            load(tmp_path, split=(1, 1))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"N": True}, "N is True"),
+        ({"N": 10**12}, "N is 1000000000000"),
+        ({"q_threshold": float("nan")}, "q_threshold is nan"),
+        ({"q_threshold": True}, "q_threshold is True"),
+        ({"base_config_dict": [1]}, "base_config_dict"),
+        ({"encoder_layer_indices": 0}, "layers 0 to 3 in order"),
+        ({"decoder_layer_indices": [2]}, "layers 0 to 3 in order"),
+        ({"decoder_layer_indices": [3, 4]}, "layers 0 to 3 in order"),
+        ({"decoder_layer_indices": [[3]]}, "layers 0 to 3 in order"),
+    ],
+)
+def test_a_checkpoint_with_absurd_fields_is_one_line(tmp_path, changes, words):
+    save(small(dtype=torch.float32), None, tmp_path)
+    change_config(tmp_path, **changes)
     with pytest.raises(InputError, match=words) as error:
-        load(tmp_path, split=(1, 1))
-    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+        load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_sizes_that_are_possible_but_huge_are_refused_at_once(tmp_path):
+    """Also where the memory is reckoned up before any file is read, as train.py does it."""
+    write_backbone(tmp_path, "llama_gqa")
+    started = time.monotonic()
+    seen = []
+
+    def plan(config):
+        seen.append(count(config)[0])
+
+    change_config(tmp_path, num_hidden_layers=10**9)
+    with pytest.raises(InputError, match="only 39 tensors"):
+        load(tmp_path, split=(1, 1), plan=plan)
+    change_config(tmp_path, num_hidden_layers=4, vocab_size=10**9)
+    with pytest.raises(InputError, match="embed_tokens.weight has shape"):
+        load(tmp_path, split=(1, 1), plan=plan)
+    change_config(tmp_path, hidden_size=2**30, vocab_size=2**30)
+    with pytest.raises(InputError, match="hidden_size 1073741824"):
+        load(tmp_path, split=(1, 1), plan=plan)
+    assert seen[0] > 10**13
+    assert seen[1] > 9 * 10**10
+    assert time.monotonic() - started < 20
 
 
 def test_flipped_bytes_in_the_header_never_crash_nor_load_other_numbers(tmp_path):
     stored = write_backbone(tmp_path, "llama_tied")
-    raw, rng = (tmp_path / "model.safetensors").read_bytes(), random.Random(0)
-    size, refused = struct.unpack("<Q", raw[:8])[0], 0
+    file = tmp_path / "model.safetensors"
+    raw = file.read_bytes()
+    header = 8 + struct.unpack("<Q", raw[:8])[0]
+    rng = random.Random(0)
+    refused = 0
     for _ in range(300):
-        at = rng.randrange(8 + size)
-        (tmp_path / "model.safetensors").write_bytes(
-            raw[:at] + bytes([raw[at] ^ (1 << rng.randrange(8))]) + raw[at + 1 :]
-        )
+        spoilt = bytearray(raw)
+        spoilt[rng.randrange(header)] ^= 1 << rng.randrange(8)
+        file.write_bytes(spoilt)
         try:
             model, _ = load(tmp_path, split=(1, 1))
         except InputError as error:
             assert "\n" not in str(error)
             refused += 1
         else:
-            assert torch.equal(
-                model.state_dict()["encoder.embed_tokens.weight"],
-                stored["model.embed_tokens.weight"],
-            )
+            embedding = model.state_dict()["encoder.embed_tokens.weight"]
+            assert torch.equal(embedding, stored["model.embed_tokens.weight"])
     assert refused > 250
+
+
+# ---- split, tokenizer and model must fit each other ----------------------------------------------
 
 
 @pytest.mark.parametrize("split", [(0, 1), (1, 0), (3, 1), (2, 9)])
@@ -313,50 +536,65 @@ def test_a_checkpoint_keeps_its_split(tmp_path):
 def test_unknown_backbone_says_which_split_it_took(tmp_path, capsys):
     write_backbone(tmp_path, "llama_gqa")
     model, _ = load(tmp_path)
-    assert (model.config.encoder_layers, model.config.decoder_layers) == (
-        1,
-        1,
-    ) and "--split" in capsys.readouterr().err
+    assert (model.config.encoder_layers, model.config.decoder_layers) == (1, 1)
+    assert "--split" in capsys.readouterr().err
+
+
+def test_a_token_that_the_model_has_no_embedding_for_is_named(tmp_path, backbone):
+    shutil.copytree(backbone, tmp_path / "base")
+    path = tmp_path / "base" / "tokenizer.json"
+    size = json.loads((tmp_path / "base" / "config.json").read_text())["vocab_size"]
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    token = tokenizer["added_tokens"][0] | {"content": "<|one more|>", "id": size}
+    tokenizer["added_tokens"].append(token)
+    path.write_text(json.dumps(tokenizer), encoding="utf-8")
+    with pytest.raises(InputError, match=rf"<\|one more\|>.* has the id {size}, .*{size} embed"):
+        load(tmp_path / "base", split=(1, 1))
+
+
+# ---- memory --------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 def test_peak_memory_of_loading(tmp_path):
-    """At most 1.2 times the model as loaded, in a process of its own, beyond what the libraries take."""
-    D, V = 512, 40000
+    """At most 1.2 times the model as loaded, beyond what the libraries take; in a new process."""
     config = BACKBONES["llama_gqa"] | {
-        "vocab_size": V,
-        "hidden_size": D,
+        "vocab_size": 40000,
+        "hidden_size": 512,
         "intermediate_size": 2048,
         "num_attention_heads": 8,
         "num_key_value_heads": 8,
         "num_hidden_layers": 12,
     }
+    stored = {name: x.to(torch.bfloat16) for name, x in backbone_tensors(config).items()}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file(
-        {k: v.to(torch.bfloat16) for k, v in backbone_tensors(config).items()},
-        tmp_path / "model.safetensors",
-    )
-    write_backbone(
-        tmp_path / "tiny", "llama_gqa"
-    )  # loaded first: what the libraries take once is not the model's
-    probe = tmp_path / "probe.py"
-    probe.write_text(
-        "import sys, torch; sys.path.insert(0, sys.argv[1]); from load_weights import load\n"
-        "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) * 1024\n"
-        "load(sys.argv[4], split=(1, 1))\n"
-        "before = peak(); model, _ = load(sys.argv[2], split=(1, 1), dtype=getattr(torch, sys.argv[3]))\n"
-        "print((peak() - before) / sum(p.numel() * p.element_size() for p in model.parameters()))"
-    )
+    save_file(stored, tmp_path / "model.safetensors")
+    # Loaded first: what the libraries take once is not the model's.
+    write_backbone(tmp_path / "tiny", "llama_gqa")
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from load_weights import load
+
+def peak():
+    with open("/proc/self/status") as status:
+        return int(status.read().split("VmHWM:")[1].split()[0]) * 1024
+
+load(sys.argv[4], split=(1, 1))
+before = peak()
+model, _ = load(sys.argv[2], split=(1, 1), dtype=getattr(torch, sys.argv[3]))
+size = sum(p.numel() * p.element_size() for p in model.parameters())
+print((peak() - before) / size)
+"""
     for dtype in ("float32", "bfloat16"):
-        done = subprocess.run(
-            [sys.executable, probe, ROOT, tmp_path, dtype, tmp_path / "tiny"],
-            capture_output=True,
-            text=True,
-        )
-        assert 0.5 < float(done.stdout) < 1.2, done.stderr
+        command = [sys.executable, "-c", code, ROOT, tmp_path, dtype, tmp_path / "tiny"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert 0.5 < float(done.stdout) < 1.2
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def test_command_prints_what_it_found(backbone):
@@ -373,4 +611,6 @@ def test_command_prints_what_it_found(backbone):
     ):
         assert words in done.stdout
     wrong = script("load_weights.py", backbone / "nowhere")
-    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "nowhere" in wrong.stderr
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("\n") == 1
+    assert "nowhere" in wrong.stderr
