@@ -1,16 +1,35 @@
 """Trails: a tiny world whose answers need many dependent steps, and a small Llama pretrained on it.
 
-    python tiny.py            make assets/tiny/base again, from a seed
-    python tiny.py --check    train for a moment from the shipped weights' own start, and compare
+    python tiny.py            make assets/tiny/base again, from a seed (eleven minutes)
+    python tiny.py --check    train for a moment from the same seed, and compare with what is there
 
-A strip has 13 rows of 4 cells. A letter is its own value. A digit copies the value of the cell that many places to its left, which
-stands in the row before, so a digit in the last row sends the reader from row to row until a letter is met: the steps of the problem.
-After the strip, a question is one more digit, and the next token is its value:
+The language. A strip has rows of four cells. A letter is its own value. A digit has the value of
+the cell that many places to its left, which stands in the row before. Three rows, and their values:
 
-    d a h c  5 3 4 4  …  6 2 5 3 ? 5 h 6 a 7 d 8 c
+    d a h c    d a h c
+    2 5 3 6    h d c a    2 places left of the 2 is h, 5 places left of the 5 is d, and so on
+    1 5 5 5    a h d c    1 place left of the 1 is the 6, which is a; and so on
 
-Each row is a shuffle of the row before, so the four letters all arrive, and only the order has to be worked out. Rows above the first
-digits are letters that nobody asks for. Loss is taken on the answers alone, as in instruction tuning: the strip itself is random.
+Then come a question mark and four questions. A question is one more digit, by the same rule; the
+digits 5, 6, 7, 8 point at the four cells of the last row in turn, and the token behind each is the
+answer, the value of that cell:
+
+    d a h c 2 5 3 6 1 5 5 5 ? 5 a 6 h 7 d 8 c
+
+Whoever answers goes from row to row until a letter is met: here in two steps, one for each row of
+digits. That number is the steps that a problem needs. They cannot be taken at once, since each
+starts where the one before has led. A real strip has 13 rows, of which the last 0 to 12 are digits.
+Each row of digits is a shuffle of the row before, so the four letters all arrive, and only their
+order has to be worked out; of the rows of letters, only the last one matters.
+
+The base. A Llama of four layers learns the language by plain next-token training. The loss is taken
+on the answers alone, as in instruction tuning, because the strip itself is random. One pass through
+four layers can take only so many steps: the base is exact up to five and lost beyond seven.
+
+What came of it. `python train.py` recasts the base and trains it with random deep supervision, and
+`report` counts which problems the looped model solves that its base cannot (docs/tiny.md).
+
+Reading order: top to bottom. The language, the base, what came of it, problems shown.
 """
 
 import argparse
@@ -23,16 +42,100 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from safetensors.torch import save_file
+from torch import nn
 
-from appendix.errors import require, run
-from appendix.files import read_json, write_whole, write_text
+from appendix.errors import require, run_main
+from appendix.files import read_json, write_text, write_whole
 from load_weights import backbone_name, load
 from loopus import ADDED, LoopUS, LoopUSConfig
 
-ROWS, LANES, LETTERS = 13, 4, 8  # a problem needs 0 to ROWS - 1 steps
-SYMBOLS = "abcdefgh12345678?"  # ids in this order
+BASE = Path(__file__).resolve().parent / "assets" / "tiny" / "base"
+
+# train.py's defaults for this world. docs/tiny.md says what they are worth.
+RECIPE = {
+    "steps": 1200,
+    "batch_size": 64,
+    "accumulate": 1,
+    "seq_len": 64,
+    "lr": 2e-3,
+    "warmup": 100,
+    "gate_init": "open",
+    "threshold": 0.95,
+    "eval_every": 300,
+    "eval_sequences": 208,
+    "dtype": "float32",
+}
+
+# ---- the language --------------------------------------------------------------------------------
+
+SYMBOLS = "abcdefgh12345678?"  # a token's id is its place here
+LETTERS = 8  # the ids from 0
+QUESTION_MARK = len(SYMBOLS) - 1
+ROWS = 13  # of a strip
+LANES = 4  # cells of a row
+
+
+def digit(value):
+    """The id of the digit 1 to 8; of each, for a tensor of them."""
+    return LETTERS - 1 + value
+
+
+def spell(ids):
+    """The text of some ids (T,)."""
+    return "".join(SYMBOLS[i] for i in ids.tolist())
+
+
+def problems(steps, questions, generator, rows=ROWS):
+    """Random problems that need the given number of steps.
+
+    steps (N,) -> ids (N, T), which end with the last question, and targets (N, T), which are the
+    answer where a question stands and -100 elsewhere. questions: how many are asked, 1 to 4.
+    """
+    N = len(steps)
+    letters = torch.randint(LETTERS, (N, rows, LANES), generator=generator)
+    # Which lane of the row before a cell copies. Sorting random numbers shuffles the four lanes.
+    source = torch.rand(N, rows, LANES, generator=generator).argsort(-1)
+    digits = digit(LANES + torch.arange(LANES) - source)  # from 1 to 7 places to the left
+    is_copy = torch.arange(rows) >= rows - steps[:, None]  # (N, rows): the last `steps` rows
+
+    strip = torch.where(is_copy[..., None], digits, letters).flatten(1)  # (N, rows * LANES)
+    answers = last_row(letters, source, is_copy)
+    # The questions point at the last row: 5 places back, then 6, since an answer stands between.
+    asked = digit(LANES + 1 + torch.arange(LANES)).expand(N, -1)
+    dialogue = torch.stack((asked, answers), dim=-1).flatten(1)  # question, answer, question, …
+    dialogue = dialogue[:, : 2 * questions - 1]  # the last answer is for the model to give
+    ids = torch.cat((strip, torch.full((N, 1), QUESTION_MARK), dialogue), dim=1)
+
+    targets = torch.full_like(ids, -100)
+    targets[:, rows * LANES + 1 :: 2] = answers[:, :questions]
+    return ids, targets
+
+
+def last_row(letters, source, is_copy):
+    """The values of the last row's cells (N, LANES): letters, or what the rows of digits copied."""
+    values = letters[:, 0]
+    for row in range(1, letters.shape[1]):
+        copied = values.gather(1, source[:, row])
+        values = torch.where(is_copy[:, row, None], copied, letters[:, row])
+    return values
+
+
+def batches(batch_size, seed):
+    """Batches (ids, targets) without end: all numbers of steps alike, 1 to 4 questions in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    for i in itertools.count():
+        steps = torch.randint(ROWS, (batch_size,), generator=generator)
+        yield problems(steps, i % LANES + 1, generator)
+
+
+def held_out(count):
+    """The same `count` problems (ids, targets) for every run; all numbers of steps alike."""
+    return problems(torch.arange(count) % ROWS, LANES, torch.Generator().manual_seed(2025))
+
+
+# ---- the base ------------------------------------------------------------------------------------
+
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -51,141 +154,126 @@ CONFIG = {
     "attention_bias": False,
     "torch_dtype": "float32",
 }
-STAGE, CHECKED = (
-    4000,
-    100,
-)  # batches of each stage of pretraining; how many losses of it --check makes again
-BUDGETS = (1, 2, 4, 8, 16, 32)
-# train.py's defaults for this world; docs/tiny.md says what they are worth
-RECIPE = {
-    "steps": 1200,
-    "batch_size": 64,
-    "accumulate": 1,
-    "seq_len": 64,
-    "lr": 2e-3,
-    "warmup": 100,
-    "gate_init": "open",
-    "threshold": 0.95,
-    "eval_every": 300,
-    "eval_sequences": 208,
-    "dtype": "float32",
-}
-
-# ---- the language ----------------------------------------------------------------------------------------------------
+STAGE = 4000  # batches of each of the two stages of pretraining
+PEAK_SHORT, PEAK_WHOLE = 4e-3, 3e-3  # peak learning rates of the two
+CHECKED = 100  # losses of the first stage that --check makes again
 
 
-def problems(steps, questions, generator, rows=ROWS):
-    """Problems that need `steps` (N,) steps -> ids (N, T), which end with the last question, and targets (N, T): -100 but for the answers."""
-    N = len(steps)
-    letters = torch.randint(LETTERS, (N, rows, LANES), generator=generator)
-    source = torch.rand(N, rows, LANES, generator=generator).argsort(
-        -1
-    )  # the cell of the row before that is copied
-    digits = (
-        LETTERS - 1 + LANES + torch.arange(LANES) - source
-    )  # the token of that many places back
-    copies = torch.arange(rows) >= rows - steps[:, None]  # (N, rows): is the row of digits?
-    answers = letters[:, 0]
-    for row in range(1, rows):
-        answers = torch.where(
-            copies[:, row, None], answers.gather(1, source[:, row]), letters[:, row]
-        )
-    strip = torch.where(copies[..., None], digits, letters).flatten(1)
-    asked = torch.stack(
-        (torch.arange(LETTERS + LANES, LETTERS + 2 * LANES).expand(N, -1), answers), -1
-    ).flatten(1)  # digit, answer, digit, …
-    ids = torch.cat((strip, torch.full((N, 1), len(SYMBOLS) - 1), asked[:, : 2 * questions - 1]), 1)
-    targets = torch.full_like(ids, -100)
-    targets[:, rows * LANES + 1 :: 2] = answers[:, :questions]
-    return ids, targets
+def new_backbone():
+    """A LoopUS model whose backbone has random weights, always the same."""
+    torch.manual_seed(0)
+    known = LoopUSConfig.__dataclass_fields__
+    fields = {name: value for name, value in CONFIG.items() if name in known}
+    model = LoopUS(LoopUSConfig(**fields))
+    for name, p in model.named_parameters():
+        if p.dim() == 2 and not name.startswith(ADDED):
+            # What is added to the residual stream starts at half the size.
+            scale = 0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+            nn.init.normal_(p, std=scale * CONFIG["hidden_size"] ** -0.5)
+    return model
 
 
-def batches(batch_size, seed):
-    """Batches (ids, targets) without end, all numbers of steps alike, with 1, 2, 3, 4 questions in turn."""
-    generator = torch.Generator().manual_seed(seed)
-    for i in itertools.count():
-        yield problems(
-            torch.randint(ROWS, (batch_size,), generator=generator), i % LANES + 1, generator
-        )
+def short_strips(generator):
+    """Batches of the first stage, without end: strips of nine rows, all numbers of steps alike."""
+    while True:
+        steps = torch.randint(9, (64,), generator=generator)
+        yield problems(steps, LANES, generator, rows=9)
 
 
-def held_out(count):
-    """The same (ids, targets) for every run: `count` problems with four questions, all numbers of steps alike."""
-    return problems(torch.arange(count) % ROWS, LANES, torch.Generator().manual_seed(2025))
+def whole_strips(generator):
+    """Batches of the second stage, without end: whole strips, more of them with few steps."""
+    while True:
+        steps = torch.randint(ROWS, (2, 64), generator=generator).amin(0)
+        yield problems(steps, LANES, generator)
 
 
-# ---- the base --------------------------------------------------------------------------------------------------------
+def learning_rate(step, steps, peak):
+    """Warm-up over 200 batches, and one cosine to a twentieth of the peak; step from 1."""
+    warmup = min(1, step / 200)
+    cosine = 0.525 + 0.475 * math.cos(math.pi * step / steps)
+    return peak * warmup * cosine
 
 
 def pretrain(model, batches, steps, peak):
-    """Plain next-token training of the whole backbone on `steps` batches, or as many as there are: warm-up, then one cosine to a twentieth. -> losses"""
+    """Plain next-token training of the whole backbone -> the loss of every batch.
+
+    `steps` is the length of the schedule; training ends there, or where the batches end.
+    """
     parameters = [p for name, p in model.named_parameters() if not name.startswith(ADDED)]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
-    started, losses = time.perf_counter(), []
-    for step, (ids, targets) in zip(range(1, steps + 1), batches):
-        optimizer.param_groups[0]["lr"] = (
-            peak * min(1, step / 200) * (0.525 + 0.475 * math.cos(math.pi * step / steps))
-        )
-        loss = F.cross_entropy(model.forward_pretrained(ids).flatten(0, 1), targets.flatten())
+    started = time.perf_counter()
+    losses = []
+    for step, (ids, targets) in enumerate(itertools.islice(batches, steps), start=1):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
+        logits = model.forward_pretrained(ids)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
         if step % 500 == 0:
             spent = time.perf_counter() - started
+            left = spent / step * (steps - step)
+            shares = percent(right(model, None)[0])
+            mean = sum(losses[-500:]) / 500
             print(
-                f"{step:6d} {sum(losses[-500:]) / 500:6.3f}  {percent(right(model, None)[0])}  {spent:5.0f} s, {spent / step * (steps - step):4.0f} s to go",
-                flush=True,
+                f"{step:6d} {mean:6.3f}  {shares}  {spent:5.0f} s, {left:4.0f} s to go", flush=True
             )
     return losses
-
-
-def fresh():
-    """A backbone with random weights, and the batches of its two stages: short strips; then whole ones, more of them easy."""
-    torch.manual_seed(0)
-    model = LoopUS(
-        LoopUSConfig(
-            **{
-                name: value
-                for name, value in CONFIG.items()
-                if name in LoopUSConfig.__dataclass_fields__
-            }
-        )
-    )
-    for name, p in model.named_parameters():
-        if p.dim() == 2 and not name.startswith(ADDED):
-            nn.init.normal_(
-                p,
-                std=(0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1)
-                * CONFIG["hidden_size"] ** -0.5,
-            )
-    generator = torch.Generator().manual_seed(0)
-    short = (
-        problems(torch.randint(9, (64,), generator=generator), LANES, generator, rows=9)
-        for _ in itertools.count()
-    )
-    whole = (
-        problems(torch.randint(ROWS, (2, 64), generator=generator).amin(0), LANES, generator)
-        for _ in itertools.count()
-    )
-    return model, short, whole
 
 
 def make_base(directory):
     """Pretrain the base and write it as a Hugging Face directory, with what `check` compares."""
     started = time.perf_counter()
-    model, short, whole = fresh()
+    model = new_backbone()
+    generator = torch.Generator().manual_seed(0)
     print("  step   loss  accuracy (%) by steps needed, 0 to 12")
-    first, second = pretrain(model, short, STAGE, 4e-3), pretrain(model, whole, STAGE, 3e-3)
-    vocab = {symbol: id for id, symbol in enumerate(SYMBOLS)}
+    first = pretrain(model, short_strips(generator), STAGE, PEAK_SHORT)
+    second = pretrain(model, whole_strips(generator), STAGE, PEAK_WHOLE)
+    record = {
+        "first_losses": [round(loss, 4) for loss in first[:CHECKED]],
+        "last_losses": [sum(losses[-500:]) / 500 for losses in (first, second)],
+        "accuracy": right(model, None)[0].tolist(),
+        "seconds": round(time.perf_counter() - started),
+    }
+    size = write_base(model, record, directory)
+    print(f"wrote {directory}: {size} parameters, {time.perf_counter() - started:.0f} s")
+
+
+def write_base(model, record, directory):
+    """Write config, tokenizer, record and weights -> the number of parameters written."""
+    directory.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "config.json": CONFIG,
+        "tokenizer.json": describe_tokenizer(),
+        "pretraining.json": record,
+    }
+    for name, content in contents.items():
+        write_text(directory / name, json.dumps(content, indent=1) + "\n")
+
+    tensors = {}
+    for name, p in model.state_dict().items():
+        if not name.startswith(ADDED):
+            tensors[backbone_name(name, model.config)] = p
+
+    def write(path):
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    write_whole(directory / "model.safetensors", write)
+    return sum(p.numel() for p in tensors.values())
+
+
+def describe_tokenizer():
+    """tokenizer.json: byte-level BPE without a merge, so that every symbol is a token."""
     level = {
         "type": "ByteLevel",
         "add_prefix_space": False,
         "trim_offsets": True,
         "use_regex": True,
     }
-    tokenizer = {
+    vocab = {symbol: i for i, symbol in enumerate(SYMBOLS)}
+    return {
         "version": "1.0",
         "added_tokens": [],
         "normalizer": None,
@@ -194,192 +282,214 @@ def make_base(directory):
         "decoder": level,
         "model": {"type": "BPE", "vocab": vocab, "merges": []},
     }
-    record = {
-        "first_losses": [round(loss, 4) for loss in first[:CHECKED]],
-        "last_losses": [sum(x[-500:]) / 500 for x in (first, second)],
-        "accuracy": right(model, None)[0].tolist(),
-        "seconds": round(time.perf_counter() - started),
-    }
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, content in (
-        ("config.json", CONFIG),
-        ("tokenizer.json", tokenizer),
-        ("pretraining.json", record),
-    ):
-        write_text(directory / name, json.dumps(content, indent=1) + "\n")
-    tensors = {
-        backbone_name(name, model.config): p
-        for name, p in model.state_dict().items()
-        if not name.startswith(ADDED)
-    }
-    write_whole(
-        directory / "model.safetensors",
-        lambda path: save_file(tensors, path, metadata={"format": "pt"}),
-    )
-    print(
-        f"wrote {directory}: {sum(p.numel() for p in tensors.values())} parameters, {time.perf_counter() - started:.0f} s"
-    )
 
 
 def check(directory):
-    """Does the shipped base come from this code? Its first losses and its accuracy again; InputError if they differ."""
+    """Does the shipped base come from this code? InputError if it does not.
+
+    The first losses are made again from the same seed, and the accuracy from the shipped weights.
+    """
     record = read_json(directory / "pretraining.json")
-    model, short, _ = fresh()
+    model = new_backbone()
     shipped, tokenizer = load(str(directory), split=(1, 1))
     require(
-        tokenizer.encode(SYMBOLS) == [*range(len(SYMBOLS))],
+        tokenizer.encode(SYMBOLS) == list(range(len(SYMBOLS))),
         f"{directory}: its tokenizer does not number {SYMBOLS} in this order",
     )
-    require(
-        {n: p.shape for n, p in model.state_dict().items()}
-        == {n: p.shape for n, p in shipped.state_dict().items()},
-        f"{directory}: other shapes than this code makes",
-    )
-    losses = torch.tensor(pretrain(model, itertools.islice(short, CHECKED), STAGE, 4e-3))
+    require(shapes(model) == shapes(shipped), f"{directory}: other shapes than this code makes")
+
+    batches = itertools.islice(short_strips(torch.Generator().manual_seed(0)), CHECKED)
+    losses = torch.tensor(pretrain(model, batches, STAGE, PEAK_SHORT))
     apart = (losses / torch.tensor(record["first_losses"]) - 1).abs().max().item()
-    again, written = right(shipped, None)[0], torch.tensor(record["accuracy"])
     print(
-        f"first {CHECKED} losses {losses[0]:.4f} to {losses[-1]:.4f}, at most {apart:.2%} from the record; accuracy by steps needed now and then:\n  {percent(again)}\n  {percent(written)}"
+        f"first {CHECKED} losses {losses[0]:.4f} to {losses[-1]:.4f}, "
+        f"at most {apart:.2%} from the record; accuracy by steps needed now and then:"
     )
+    now = right(shipped, None)[0]
+    then = torch.tensor(record["accuracy"])
+    print(f"  {percent(now)}\n  {percent(then)}")
     require(
-        apart < 0.02 and (again - written).abs().max() < 0.02,
+        apart < 0.02 and (now - then).abs().max() < 0.02,
         f"{directory}: not what this code makes (limits: 2 % of a loss, 2 points of accuracy)",
     )
     print(f"{directory}: made by this code, in {record['seconds']} s")
 
 
-# ---- what came of it -------------------------------------------------------------------------------------------------
+def shapes(model):
+    return {name: p.shape for name, p in model.state_dict().items()}
+
+
+# ---- what came of it -----------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def right(model, budget, threshold=None, count=200, seed=2026):
-    """Share of problems with all four answers right and mean loops, each by steps needed (13,), and the rank correlation of the two.
+    """How many problems a model solves, all four answers right, and the loops that it takes.
 
-    budget None: the backbone's one ungated pass. With a threshold a problem, as one block, stops once q of its last token reaches it.
+    -> the share solved (13,) and the mean loops (13,) by steps needed, and the rank correlation of
+    steps and loops over the problems, `count` for each number of steps. budget None: the backbone's
+    one ungated pass. With a threshold a problem, as one block, stops once q of its last token
+    reaches it.
     """
     steps = torch.arange(ROWS).repeat_interleave(count)
-    ids, targets = (
-        x.to(model.decoder.norm.weight.device)
-        for x in problems(steps, LANES, torch.Generator().manual_seed(seed))
-    )
-    h, loops, live = (
-        model.encode(ids),
-        torch.zeros(len(ids), device=ids.device),
-        torch.ones(len(ids), dtype=torch.bool, device=ids.device),
-    )
+    ids, targets = problems(steps, LANES, torch.Generator().manual_seed(seed))
+    device = model.decoder.norm.weight.device
+    targets = targets.to(device)
+    h = model.encode(ids.to(device))
     if budget is None:
         h = model.pretrained_loop(h)
-    for _ in range(budget or 0):
-        after, q = model.loop(h)
-        h, loops = torch.where(live[:, None, None], after, h), loops + live
-        if threshold is not None:
-            live = live & (q.sigmoid() < threshold)
-    solved, loops = (
-        ((model.decode(h).argmax(-1) == targets) | (targets < 0)).all(1).float().cpu(),
-        loops.cpu(),
-    )
+        loops = torch.zeros(len(ids))
+    else:
+        h, loops = loop_until(model, h, budget, threshold)
+    hits = (model.decode(h).argmax(-1) == targets) | (targets < 0)
+    solved = hits.all(1).float().cpu()
+    loops = loops.cpu()
     return (
-        solved.view(-1, count).mean(1),
-        loops.view(-1, count).mean(1),
+        solved.view(ROWS, count).mean(1),
+        loops.view(ROWS, count).mean(1),
         rank_correlation(steps, loops),
     )
 
 
+def loop_until(model, h, budget, threshold):
+    """Loop h (N, T, D) until each row's q reaches the threshold -> h, and each row's loops (N,).
+
+    No row runs more than `budget` loops; threshold None: all run as many.
+    """
+    loops = torch.zeros(len(h), device=h.device)
+    live = torch.ones(len(h), dtype=torch.bool, device=h.device)
+    for _ in range(budget):
+        new, q_logit = model.loop(h)
+        h = torch.where(live[:, None, None], new, h)
+        loops = loops + live
+        if threshold is not None:
+            live = live & (q_logit.sigmoid() < threshold)
+    return h, loops
+
+
 def rank_correlation(x, y):
-    """Spearman's, ties sharing their mean rank; 0 where one of them never varies."""
-
-    def ranks(values):
-        _, which, counts = values.unique(return_inverse=True, return_counts=True)
-        return (counts.cumsum(0) - (counts - 1) / 2)[which]
-
+    """Spearman's; 0 where one of the two never varies."""
     return torch.corrcoef(torch.stack((ranks(x), ranks(y)))).nan_to_num()[0, 1].item()
+
+
+def ranks(values):
+    """The rank of each value (N,) -> (N,); equal ones share their mean rank."""
+    _, which, counts = values.unique(return_inverse=True, return_counts=True)
+    mean_rank = counts.cumsum(0) - (counts - 1) / 2
+    return mean_rank[which]
+
+
+def hard(shares):
+    """Mean over the numbers of steps at which the base solves less than 60 %.
+
+    shares {name: (13,)}, "base" among them -> {name: float}
+    """
+    fails = shares["base"] < 0.6
+    return {name: share[fails].mean().item() for name, share in shares.items()}
+
+
+BUDGETS = (1, 2, 4, 8, 16, 32)  # of the table
+
+
+def report(looped, control, directory):
+    """Compare the looped model with its base and the control, problem by problem.
+
+    Prints the table, and writes it as directory/accuracy.json.
+    """
+    base, _ = load("tiny")
+    shares = {"base": right(base, None)[0], "control": right(control, None)[0]}
+    for budget in BUDGETS:
+        shares[str(budget)] = right(looped, budget)[0]
+    threshold = looped.config.exit_threshold
+    shares["exit"], loops, correlation = right(looped, 8, threshold)
+    print_table(shares, loops, correlation, threshold)
+
+    found = {name: [round(x, 4) for x in share.tolist()] for name, share in shares.items()}
+    found["loops"] = [round(x, 2) for x in loops.tolist()]
+    found["rank_correlation"] = round(correlation, 3)
+    if int(os.environ.get("RANK", 0)) == 0:  # every process of torchrun finds the same
+        write_text(directory / "accuracy.json", json.dumps(found) + "\n")
+
+
+def print_table(shares, loops, correlation, threshold):
+    print(
+        "\nproblems with all four answers right (%), by steps needed; "
+        f"hard: the {sum(shares['base'] < 0.6)} that the base solves less than 60 % of"
+    )
+    heading = " ".join(f"{steps:4d}" for steps in range(ROWS))
+    print(f"{'':15}{heading}   mean  hard")
+    means = hard(shares)
+    for name, share in shares.items():
+        label = f"exit, q >= {threshold}" if name == "exit" else loops_label(name)
+        mean = share.mean() * 100
+        print(f"{label:15}{percent(share)}  {mean:5.1f} {means[name] * 100:5.1f}")
+    cells = " ".join(f"{n:4.1f}" for n in loops)
+    print(
+        f"{'  its loops':15}{cells}  {loops.mean():5.2f}        "
+        f"rank correlation with the steps needed {correlation:.2f}"
+    )
 
 
 def percent(shares):
     return " ".join(f"{share * 100:4.0f}" for share in shares)
 
 
-def hard(shares):
-    """Mean over the numbers of steps at which the base solves less than 60 %: shares {name: (13,)} -> {name: float}"""
-    fails = shares["base"] < 0.6
-    return {name: share[fails].mean().item() for name, share in shares.items()}
+def loops_label(name):
+    """A budget's name in a table or a legend: "1 loop", "8 loops". Other names stay as they are."""
+    if not name.isdigit():
+        return name
+    return "1 loop" if name == "1" else f"{name} loops"
 
 
-def report(looped, control, directory):
-    """Print what base, control and the looped model make of each number of steps; write it as directory/accuracy.json."""
-    shares = {"base": right(load("tiny")[0], None)[0], "control": right(control, None)[0]} | {
-        str(budget): right(looped, budget)[0] for budget in BUDGETS
-    }
-    shares["exit"], loops, correlation = right(looped, 8, looped.config.exit_threshold)
-    means = hard(shares)
-    print(
-        f"\nproblems with all four answers right (%), by steps needed; hard: the {sum(shares['base'] < 0.6)} that the base solves less than 60 % of"
-    )
-    print("               " + " ".join(f"{steps:4d}" for steps in range(ROWS)) + "   mean  hard")
-    for name, share in shares.items():
-        label = (
-            f"{name} loop{'s' * (name != '1')}"
-            if name.isdigit()
-            else f"exit, q >= {looped.config.exit_threshold}"
-            if name == "exit"
-            else name
-        )
-        print(
-            f"{label:15}" + percent(share) + f"  {share.mean() * 100:5.1f} {means[name] * 100:5.1f}"
-        )
-    print(
-        "  its loops    "
-        + " ".join(f"{n:4.1f}" for n in loops)
-        + f"  {loops.mean():5.2f}        rank correlation with the steps needed {correlation:.2f}"
-    )
-    found = {name: [round(x, 4) for x in share.tolist()] for name, share in shares.items()}
-    found |= {
-        "loops": [round(x, 2) for x in loops.tolist()],
-        "rank_correlation": round(correlation, 3),
-    }
-    if int(os.environ.get("RANK", 0)) == 0:  # every process of torchrun finds the same
-        write_text(directory / "accuracy.json", json.dumps(found) + "\n")
+# ---- problems shown ------------------------------------------------------------------------------
 
 
-def answers(model, strip, budget, **options):
-    """Greedy answers to the four questions after a strip (T,), one `generate` each: -> text, loops of each"""
-    ids, text, loops = torch.cat((strip, strip.new_tensor([len(SYMBOLS) - 1])))[None], "", []
+def answer_questions(model, strip, budget, **options):
+    """Greedy answers to the four questions behind a strip (T,) -> text, and the loops of each.
+
+    Each answer is one call of `generate`, which takes the options.
+    """
+    ids = torch.cat((strip, strip.new_tensor([QUESTION_MARK])))[None]
+    text = ""
+    loops = []
     for question in range(LANES):
-        ids = torch.cat((ids, ids.new_tensor([[LETTERS + LANES + question]])), 1)
+        asked = ids.new_tensor([[digit(LANES + 1 + question)]])
+        ids = torch.cat((ids, asked), dim=1)
         (step,) = model.generate(ids, 1, budget=budget, temperature=0, **options)
-        ids, text, loops = (
-            torch.cat((ids, step.tokens[:, None]), 1),
-            text + SYMBOLS[step.tokens],
-            loops + [step.loops.item()],
-        )
+        ids = torch.cat((ids, step.tokens[:, None]), dim=1)
+        text += spell(step.tokens)
+        loops.append(step.loops.item())
     return text, loops
 
 
 def show(model, seed, budget, **options):
-    """Print some problems of rising difficulty, what the model answers at budget 1 and at `budget`, and the loops it used."""
+    """Print problems of rising difficulty, what the model answers at budget 1 and at `budget`."""
     steps = torch.tensor([1, 3, 5, 6, 7, 8, 10])
     ids, targets = problems(steps, LANES, torch.Generator().manual_seed(seed))
+    ids = ids.to(model.decoder.norm.weight.device)
     print(f"steps  {'strip':{ROWS * (LANES + 1)}}right  at 1    at {budget:<4d} loops")
-    for n, row, target in zip(steps.tolist(), ids.to(model.decoder.norm.weight.device), targets):
-        strip, truth = row[: ROWS * LANES], "".join(SYMBOLS[i] for i in target[target >= 0])
-        cells = " ".join(
-            "".join(SYMBOLS[i] for i in strip[r : r + LANES]) for r in range(0, len(strip), LANES)
-        )
-        (one, _), (many, loops) = (
-            answers(model, strip, 1, **options),
-            answers(model, strip, budget, **options),
-        )
-        mark = lambda text: f"{text} {'✓' if text == truth else '✗'}"
+    for count, row, target in zip(steps.tolist(), ids, targets, strict=True):
+        strip = row[: ROWS * LANES]
+        cells = " ".join(spell(cell) for cell in strip.split(LANES))
+        truth = spell(target[target >= 0])
+        one, _ = answer_questions(model, strip, 1, **options)
+        many, loops = answer_questions(model, strip, budget, **options)
+        used = " ".join(str(n) for n in loops)
         print(
-            f"{n:5d}  {cells} {truth:5}  {mark(one)}  {mark(many)}   {' '.join(map(str, loops))}",
+            f"{count:5d}  {cells} {truth:5}  {mark(one, truth)}  {mark(many, truth)}   {used}",
             flush=True,
         )
 
 
+def mark(text, truth):
+    return f"{text} ✓" if text == truth else f"{text} ✗"
+
+
 def examples():
     """A few problems as text, each up to its first question."""
-    ids, _ = problems(torch.tensor([2, 5, 7, 10]), 1, torch.Generator().manual_seed(7))
-    return ["".join(SYMBOLS[i] for i in row) for row in ids]
+    steps = torch.tensor([2, 5, 7, 10])
+    ids, _ = problems(steps, 1, torch.Generator().manual_seed(7))
+    return [spell(row) for row in ids]
 
 
 def main():
@@ -389,15 +499,13 @@ def main():
     parser.add_argument(
         "--check", action="store_true", help="train for a moment and compare with the shipped base"
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(__file__).resolve().parent / "assets" / "tiny" / "base",
-        help="folder of the base",
-    )
+    parser.add_argument("--out", type=Path, default=BASE, help="folder of the base")
     args = parser.parse_args()
-    check(args.out) if args.check else make_base(args.out)
+    if args.check:
+        check(args.out)
+    else:
+        make_base(args.out)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -1,20 +1,25 @@
-"""The paper's figures, for any model: PNG files that a black-and-white print and a colour-blind eye can read.
+"""The paper's figures, and ours: PNG files, also for a black-and-white print or a colour-blind eye.
 
-    python visualize.py                the newest checkpoint below out/, else the embedded tiny world
+    python visualize.py                the newest checkpoint below out/, else the embedded model
     python visualize.py --model DIR
 
-accuracy.png      the tiny world: accuracy by budget and by steps needed, base and control beside it, and where it stops
-trajectories.png  Fig. 7: per prompt the PCA of h⁰ … hᴮ of the last token, the gate's α, the distances between successive states
-profile.png       Fig. 1: what each layer, run once, does to the state, with the split in use and the split that the rule proposes
+trajectories.png  Fig. 7, for each prompt: the way of the last token's state h⁰ … hᴮ (PCA), the
+                  gate's α, and the distances between successive states
+profile.png       Fig. 1: what each layer, run once, does to the state, with the split in use and
+                  the split that the rule proposes
+accuracy.png      the tiny world: problems solved by steps needed and by budget, base and control
+                  beside them, and where the model stops
+budget.png        held-out loss by number of loops: of --data, or of the model's training run
+training.png      losses and held-out loss by step, of the model's training run
 runs.png          with --runs: held-out loss of several training runs beside each other
-speed.png         with --bench: Fig. 11, seconds a token by context, cached and not, from bench.py's numbers
-budget.png        held-out loss by number of loops     } from --data, or from the log.jsonl of the model's training run
-training.png      losses and held-out loss by step     }
+speed.png         with --bench: Fig. 11, seconds a token by context, as bench.py measured them
+
+Reading order: what is computed, how figures are drawn, the figures one by one, the command.
 """
 
 import argparse
-import itertools
 import json
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -22,30 +27,124 @@ import matplotlib
 matplotlib.use("Agg")  # files only, no window
 import matplotlib.pyplot as plt
 import torch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import (
+    FormatStrFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 import tiny
 from appendix import data
-from appendix.errors import InputError, require, run
+from appendix.errors import InputError, require, run_main
 from appendix.files import read_json, write_whole
 from appendix.flags import add_model_flags, number, pick_device, pick_dtype
 from appendix.hub import find, newest_checkpoint
 from load_weights import load
 from train import evaluate, next_tokens
 
+# The paper's.
 PROMPTS = (
     "32 * 64 =",
     "82 *64 + 21 =",
     "404 Not Found in the system 404 The new era",
     "What is the capital of South Korea? S",
-)  # the paper's
+)
+
+# ---- what is computed ----------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def follow(model, ids, loops):
+    """The last token's state and gate, loop by loop: ids (1, T) -> h⁰ … hᴮ (B + 1, D), α (B, D)."""
+    span = model.span(ids.shape[1])
+    h = model.encoder(ids, span)
+    states = [h[0, -1].float()]
+    alphas = []
+    for _ in range(loops):
+        h, delta = model.reasoning(h, span)
+        states.append(h[0, -1].float())
+        alphas.append(model.reasoning.gate(delta)[0, -1].float())
+    return torch.stack(states).cpu(), torch.stack(alphas).cpu()
+
+
+@torch.inference_mode()
+def layer_states(model, batches):
+    """The state before the first layer and after each, over all tokens of some ids (N, T).
+
+    Each layer runs once, without the gate -> (layers + 1, tokens, D).
+    """
+    layers = [*model.encoder.layers, *model.reasoning.layers, *model.decoder.layers]
+    collected = []
+    for ids in batches:
+        span = model.span(ids.shape[1])
+        h = model.encoder.embed_tokens(ids)
+        states = [h.float()]
+        for layer in layers:
+            h = layer(h, span)
+            states.append(h.float())
+        collected.append(torch.stack(states).flatten(1, 2).cpu())
+    return torch.cat(collected, dim=1)
+
+
+def distances(states):
+    """1 - cos and Euclidean distance of successive states: (P, …, D) -> two of (P - 1, …)."""
+    before = states[:-1].double()
+    after = states[1:].double()
+    return 1 - torch.cosine_similarity(before, after, dim=-1), (after - before).norm(dim=-1)
+
+
+def pca(states):
+    """First two principal components (P, 2) of states (P, D), and each one's share of variance."""
+    centred = states.double() - states.double().mean(0)
+    u, s, _ = torch.linalg.svd(centred, full_matrices=False)
+    share = s.square() / s.square().sum().clamp(min=1e-300)
+    return (u * s)[:, :2], share[:2].tolist()
+
+
+def propose_split(change):
+    """Layers of encoder and decoder, from how far each layer turns the state: 1 - cos (layers,).
+
+    The encoder is the leading layers that turn the state more than twice as far as the median layer
+    does, the decoder the trailing ones; at least one each, and a layer is left between them. The
+    paper's rule is qualitative (section 3.1); this is one reading of it.
+    """
+    busy = (change > 2 * change.median()).tolist()
+    encoder = max(1, leading(busy))
+    encoder = min(encoder, len(busy) - 2)
+    decoder = max(1, leading(busy[::-1]))
+    return encoder, min(decoder, len(busy) - encoder - 1)
+
+
+def leading(flags):
+    """How many of the flags are true before the first that is not."""
+    return flags.index(False) if False in flags else len(flags)
+
+
+def loss_by_budget(model, ids, loops):
+    """Held-out loss of ids (N, T): {loops: nats a token}; "pretrained" is the pass without gate."""
+    budgets = [b for b in (1, 2, 4, 6, 8, 12, 16, 20, 40, 80, 100) if b <= loops]
+    held_out = (ids, next_tokens(ids))
+    losses = {"pretrained": evaluate(model, held_out, 2, plain=True)["plain"]}
+    looped = evaluate(model, held_out, 2, plain=False, budgets=budgets)
+    for budget, loss in looped.items():
+        losses[int(budget)] = loss
+    return losses
+
+
+# ---- how figures are drawn -----------------------------------------------------------------------
+
+BLUE, ORANGE = "#0072B2", "#D55E00"
+
+# The lines of a figure differ in colour (Okabe and Ito's), dashes and marker.
 LINES = (
-    ("#0072B2", "-", "o"),
-    ("#D55E00", "--", "s"),
-    ("#009E73", "-.", "^"),
-    ("#CC79A7", ":", "D"),
-    ("#000000", (0, (5, 1)), "v"),
-)  # Okabe and Ito's colours
+    {"color": BLUE, "ls": "-", "marker": "o"},
+    {"color": ORANGE, "ls": "--", "marker": "s"},
+    {"color": "#009E73", "ls": "-.", "marker": "^"},
+    {"color": "#CC79A7", "ls": ":", "marker": "D"},
+    {"color": "#000000", "ls": (0, (5, 1)), "marker": "v"},
+)
 plt.rcParams.update(
     {
         "figure.dpi": 130,
@@ -58,360 +157,352 @@ plt.rcParams.update(
 )
 
 
-def pca(states):
-    """States (P, D) -> their first two principal components (P, 2) and each one's share of the variance."""
-    centred = states.double() - states.double().mean(0)
-    u, s, _ = torch.linalg.svd(centred, full_matrices=False)
-    share = s.square() / s.square().sum().clamp(min=1e-300)
-    return (u * s)[:, :2], share[:2].tolist()
+def panels(columns, width, height, rows=1):
+    """A figure and its axes (rows, columns); width and height in inches, of the whole."""
+    size = (width, height)
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
 
 
-def draw_pca(ax, states, name):
-    """A path through successive states, coloured by index, arrows between them, start and end marked."""
+def whole_numbers(axis):
+    axis.set_major_locator(MaxNLocator(integer=True))
+
+
+def ticks_at(ax, values):
+    """A logarithmic x axis with ticks at these values only."""
+    ax.set(xscale="log", xticks=values, xticklabels=values)
+    ax.xaxis.set_minor_locator(NullLocator())
+
+
+def logarithmic_losses(ax, form):
+    """A logarithmic y axis, its ticks written as plain numbers."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(FormatStrFormatter(form))
+    ax.yaxis.set_minor_formatter(FormatStrFormatter("%.1f"))
+
+
+def draw_path(ax, states, name):
+    """The way through successive states (P, D) on the plane of their first two components.
+
+    A state is a dot, coloured by its number, with an arrow to the next. name: what is numbered.
+    """
     points, share = pca(states)
     x, y = points[:, 0], points[:, -1]
     dots = ax.scatter(x, y, c=range(len(x)), cmap="viridis", s=26, zorder=3)
+    arrow = {"arrowstyle": "->", "color": "0.5", "lw": 0.8}
     for i in range(len(x) - 1):
-        ax.annotate(
-            "",
-            (x[i + 1], y[i + 1]),
-            (x[i], y[i]),
-            arrowprops={"arrowstyle": "->", "color": "0.5", "lw": 0.8},
-        )
-    ax.scatter(
-        x[:1], y[:1], marker="s", s=90, facecolors="none", edgecolors="k", label="start", zorder=4
-    )
-    ax.scatter(
-        x[-1:], y[-1:], marker="*", s=170, facecolors="none", edgecolors="k", label="end", zorder=4
-    )
+        ax.annotate("", (x[i + 1], y[i + 1]), (x[i], y[i]), arrowprops=arrow)
+    outline = {"facecolors": "none", "edgecolors": "k", "zorder": 4}
+    ax.scatter(x[:1], y[:1], marker="s", s=90, label="start", **outline)
+    ax.scatter(x[-1:], y[-1:], marker="*", s=170, label="end", **outline)
     ax.set(xlabel=f"PC 1 ({share[0]:.1%} of variance)", ylabel=f"PC 2 ({share[1]:.1%})")
     ax.legend(fontsize=8)
     ax.margins(0.12)
     ax.figure.colorbar(dots, ax=ax, label=name, ticks=MaxNLocator(integer=True))
 
 
-def distances(states):
-    """1 - cos and Euclidean distance of successive states: (P, …, D) -> two (P - 1, …)."""
-    a, b = states[:-1].double(), states[1:].double()
-    return 1 - torch.cosine_similarity(a, b, dim=-1), (b - a).norm(dim=-1)
+def finish(fig, path):
+    """Write a figure, beside and renamed."""
+
+    def write(partial):
+        fig.savefig(partial, format="png")
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, write)
+    except OSError as error:
+        raise InputError(f"--out {path.parent}: not writable ({error})") from None
+    plt.close(fig)
+    print(f"wrote {path}")
 
 
-@torch.inference_mode()
-def follow(model, ids, loops):
-    """h⁰ … hᴮ of the last token (B + 1, D) and α at every loop (B, D), for ids (1, T)."""
-    alphas = []
-    hook = model.reasoning.gate.register_forward_hook(
-        lambda gate, inputs, alpha: alphas.append(alpha[0, -1].float())
-    )
-    h = model.encode(ids)
-    states = [h[0, -1].float()]
-    for _ in range(loops):
-        h, _ = model.loop(h)
-        states.append(h[0, -1].float())
-    hook.remove()
-    return torch.stack(states).cpu(), torch.stack(alphas).cpu()
+# ---- trajectories.png ----------------------------------------------------------------------------
 
 
-def trajectories(model, prompts, loops, path):
-    """Fig. 7; prompts: [(text, ids (1, T))]."""
-    fig, axes = plt.subplots(
-        len(prompts), 3, figsize=(13, 3.6 * len(prompts)), squeeze=False, layout="constrained"
-    )
-    for (left, middle, right), (text, ids) in zip(axes, prompts):
-        states, alphas = follow(model, ids, loops)
-        draw_pca(left, states, "loop")
-        left.set_title(text if len(text) < 50 else text[:49] + "…", parse_math=False)
-        at, mean, std = range(1, loops + 1), alphas.mean(1), alphas.std(1)
-        print(
-            f"{text!r}: mean α {mean[0]:.3f} ± {std[0]:.3f} over channels at loop 1, {mean[-1]:.3f} ± {std[-1]:.3f} at loop {loops}"
-        )
-        middle.plot(at, mean, color="#0072B2", marker="o", ms=3)
-        middle.fill_between(at, mean - std, mean + std, color="#0072B2", alpha=0.2)
-        middle.set(
-            title="gate α over channels (mean ± std)",
-            xlabel="loop",
-            ylabel="α: share of the new proposal",
-            ylim=(-0.05, 1.05),
-        )
-        cosine, euclid = distances(states)
-        (one,) = right.plot(
-            at, cosine, color="#0072B2", marker="o", ms=3, label="cosine distance (left)"
-        )
-        right.set(title="distance of successive states", xlabel="loop", ylabel="1 - cos")
-        log = right.twinx()
-        (two,) = log.plot(
-            at,
-            euclid,
-            color="#D55E00",
-            ls="--",
-            marker="s",
-            ms=3,
-            label="Euclidean distance (right, log)",
-        )
-        log.set(yscale="log", ylabel="‖hᵇ - hᵇ⁻¹‖₂")
-        log.spines["right"].set_visible(True)
-        right.legend(
-            handles=[one, two], fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=2
-        )
-        for ax in (middle, right):
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+def draw_trajectories(followed, path):
+    """Fig. 7, a row of panels for each prompt. followed: [(text, states (B + 1, D), α (B, D))]."""
+    fig, axes = panels(3, 13, 3.6 * len(followed), rows=len(followed))
+    for (path_ax, gate_ax, distance_ax), (text, states, alphas) in zip(axes, followed, strict=True):
+        draw_path(path_ax, states, "loop")
+        title = text if len(text) < 50 else text[:49] + "…"
+        path_ax.set_title(title, parse_math=False)
+        draw_gate(gate_ax, alphas)
+        draw_distances(distance_ax, states)
     finish(fig, path)
 
 
-@torch.inference_mode()
-def layer_states(model, batches):
-    """What goes into the first layer and comes out of each, over all tokens of some ids (N, T): (layers + 1, tokens, D)."""
-    layers, states = [*model.encoder.layers, *model.reasoning.layers, *model.decoder.layers], []
-    for ids in batches:
-        span = model._span(ids.shape[1])
-        passed = itertools.accumulate(
-            layers, lambda h, layer: layer(h, span), initial=model.encoder.embed_tokens(ids)
-        )
-        states.append(torch.stack([h.float() for h in passed]).flatten(1, 2).cpu())
-    return torch.cat(states, dim=1)
+def draw_gate(ax, alphas):
+    """Mean and spread of α (B, D) over the channels, by loop."""
+    loops = range(1, len(alphas) + 1)
+    mean = alphas.mean(1)
+    std = alphas.std(1)
+    ax.plot(loops, mean, color=BLUE, marker="o", ms=3)
+    ax.fill_between(loops, mean - std, mean + std, color=BLUE, alpha=0.2)
+    ax.set(
+        title="gate α over channels (mean ± std)",
+        xlabel="loop",
+        ylabel="α: share of the new proposal",
+        ylim=(-0.05, 1.05),
+    )
+    whole_numbers(ax.xaxis)
 
 
-def propose_split(change):
-    """Encoder: the leading layers that turn the state (1 - cos) more than twice as far as the median layer; decoder: the trailing
-    ones. At least one each, and a layer left between them. The paper's rule is qualitative (section 3.1); this is one reading."""
-    busy = [value > 2 * change.median().item() for value in change.tolist()]
-    lead = next((i for i, b in enumerate(busy) if not b), len(busy))
-    trail = next((i for i, b in enumerate(reversed(busy)) if not b), len(busy))
-    encoder = min(max(lead, 1), len(busy) - 2)
-    return encoder, min(max(trail, 1), len(busy) - encoder - 1)
+def draw_distances(ax, states):
+    """How far each loop moves the state, in two measures with an axis each."""
+    cosine, euclid = distances(states)
+    loops = range(1, len(states))
+    log_ax = ax.twinx()
+    lines = [
+        *ax.plot(loops, cosine, **LINES[0], ms=3, label="cosine distance (left)"),
+        *log_ax.plot(loops, euclid, **LINES[1], ms=3, label="Euclidean distance (right, log)"),
+    ]
+    ax.set(title="distance of successive states", xlabel="loop", ylabel="1 - cos")
+    log_ax.set(yscale="log", ylabel="‖hᵇ - hᵇ⁻¹‖₂")
+    log_ax.spines["right"].set_visible(True)
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncol": 2}
+    ax.legend(handles=lines, fontsize=8, **below)
+    whole_numbers(ax.xaxis)
 
 
-def profile(model, batches, path):
-    """Fig. 1: 1 - cos(h_l, h_l+1) and ‖h_l+1 - h_l‖₂ per layer, means over tokens; PCA of the mean states. -> the proposed split"""
-    c, states = model.config, layer_states(model, batches)
-    cosine, euclid = (x.mean(1) for x in distances(states))
-    proposed = propose_split(cosine)
-    fig, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    for ax, values, label in (
-        (axes[0], cosine, "1 - cos(input, output)"),
-        (axes[1], euclid, "‖output - input‖₂"),
-    ):
-        ax.bar(range(len(values)), values, color="0.6")
-        for (encoder, decoder), (colour, style, _), name in (
-            ((c.encoder_layers, c.decoder_layers), LINES[0], "in use"),
-            (proposed, LINES[1], "proposed"),
-        ):
-            for i, x in enumerate((encoder - 0.5, len(values) - decoder - 0.5)):
-                ax.axvline(
-                    x,
-                    color=colour,
-                    ls=style,
-                    lw=1.6,
-                    label=f"split {name}: {encoder} | {len(values) - encoder - decoder} | {decoder}"
-                    if i == 0
-                    else None,
-                )
-        ax.set(xlabel="layer", ylabel=label, yscale="log")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.legend(fontsize=8)
-    axes[0].set_title("turn of the state by each layer")
-    axes[1].set_title("length of each layer's step")
-    draw_pca(axes[2], states.mean(1), "layers passed")
-    axes[2].set_title("mean state after each layer")
+# ---- profile.png ---------------------------------------------------------------------------------
+
+
+def draw_profile(states, config, path):
+    """Fig. 1: how far each layer turns and moves the state, means over the tokens.
+
+    states (layers + 1, tokens, D) -> the proposed split.
+    """
+    cosine, euclid = distances(states)
+    turn = cosine.mean(1)
+    proposed = propose_split(turn)
+    splits = {"in use": (config.encoder_layers, config.decoder_layers), "proposed": proposed}
+    fig, axes = panels(3, 13, 3.8)
+    turn_ax, step_ax, path_ax = axes[0]
+    draw_layers(turn_ax, turn, splits)
+    turn_ax.set(title="turn of the state by each layer", ylabel="1 - cos(input, output)")
+    draw_layers(step_ax, euclid.mean(1), splits)
+    step_ax.set(title="length of each layer's step", ylabel="‖output - input‖₂")
+    draw_path(path_ax, states.mean(1), "layers passed")
+    path_ax.set_title("mean state after each layer")
     finish(fig, path)
     return proposed
 
 
-def loss_by_budget(model, ids, loops):
-    """Held-out loss of ids (N, T): {loops run: nats a token}, and the ungated pass under "pretrained"."""
-    wanted, rows = (
-        [b for b in (1, 2, 4, 6, 8, 12, 16, 20, 40, 80, 100) if b <= loops],
-        (ids, next_tokens(ids)),
-    )
-    looped = evaluate(model, rows, 2, plain=False, budgets=wanted)
-    return {"pretrained": evaluate(model, rows, 2, plain=True)["plain"]} | {
-        int(b): loss for b, loss in looped.items()
-    }
+def draw_layers(ax, values, splits):
+    """A bar for each layer's value, and where the splits {name: (encoder, decoder)} cut."""
+    count = len(values)
+    ax.bar(range(count), values, color="0.6")
+    for (name, (encoder, decoder)), line in zip(splits.items(), LINES, strict=False):
+        style = {"color": line["color"], "ls": line["ls"], "lw": 1.6}
+        label = f"split {name}: {encoder} | {count - encoder - decoder} | {decoder}"
+        ax.axvline(encoder - 0.5, **style, label=label)
+        ax.axvline(count - decoder - 0.5, **style)
+    ax.set(xlabel="layer", yscale="log")
+    whole_numbers(ax.xaxis)
+    ax.legend(fontsize=8)
 
 
-def draw_budget(losses, reference, path):
-    fig, ax = plt.subplots(figsize=(5.5, 3.8), layout="constrained")
-    ax.plot(list(losses), list(losses.values()), color="#0072B2", marker="o", label="looped")
-    ax.axhline(reference[1], color="#D55E00", ls="--", label=reference[0])
-    ax.set(
-        xscale="log",
-        xlabel="loops",
-        ylabel="held-out loss (nats a token)",
-        xticks=list(losses),
-        xticklabels=list(losses),
-        title="loss by budget",
+# ---- accuracy.png: the tiny world ----------------------------------------------------------------
+
+
+def draw_accuracy(found, path):
+    """found: what tiny.report writes, for each model and budget the shares by steps needed."""
+    budgets = [name for name in found if name.isdigit()]
+    fig, axes = panels(3, 13, 3.8)
+    by_steps, by_budget, stops = axes[0]
+    draw_accuracy_by_steps(by_steps, found, budgets)
+    draw_accuracy_by_budget(by_budget, found, budgets)
+    stops.bar(range(len(found["loops"])), found["loops"], color="0.6")
+    stops.set(
+        xlabel="steps needed",
+        ylabel="loops before q reaches the threshold",
+        title=f"where it stops (rank correlation {found['rank_correlation']:.2f})",
     )
-    ax.minorticks_off()
+    finish(fig, path)
+
+
+def draw_accuracy_by_steps(ax, found, budgets):
+    ax.plot(found["base"], color="k", ls="-", lw=2, label="base")
+    ax.plot(found["control"], color="0.5", ls="--", lw=2, label="control")
+    shades = plt.get_cmap("viridis")(torch.linspace(0, 0.9, len(budgets)).numpy())
+    for name, colour, marker in zip(budgets, shades, "os^Dvx", strict=False):
+        label = tiny.loops_label(name)
+        ax.plot(found[name], color=colour, marker=marker, ms=4, lw=1, label=label)
+    ax.set(xlabel="steps needed", ylabel="problems solved", title="by steps needed")
+    ax.set_ylim(-0.03, 1.05)
+    ax.legend(fontsize=7)
+
+
+def draw_accuracy_by_budget(ax, found, budgets):
+    """Means over the step counts that the base solves, and over those that it fails."""
+    solved = [share >= 0.6 for share in found["base"]]
+    failed = [share < 0.6 for share in found["base"]]
+    loops = [int(name) for name in budgets]
+    kinds = {"base solves them": solved, "base fails (< 60 %)": failed}
+    for (kind, chosen), line in zip(kinds.items(), LINES, strict=False):
+        colour = line["color"]
+        means = [mean_of(found[name], chosen) for name in budgets]
+        ax.plot(loops, means, **line, label=kind)
+        ax.axhline(mean_of(found["base"], chosen), color=colour, lw=1, alpha=0.6)
+        ax.axhline(mean_of(found["control"], chosen), color=colour, lw=1, ls=":", alpha=0.9)
+    ax.plot([], [], color="0.3", lw=1, label="base alone")
+    ax.plot([], [], color="0.3", lw=1, ls=":", label="control alone")
+    ax.set(xlabel="loops", ylabel="problems solved", title="by budget", ylim=(-0.03, 1.05))
+    ticks_at(ax, loops)
+    ax.legend(fontsize=7)
+
+
+def mean_of(values, chosen):
+    """Mean of the chosen values; 0 where none is."""
+    kept = [value for value, wanted in zip(values, chosen, strict=True) if wanted]
+    return sum(kept) / max(len(kept), 1)
+
+
+# ---- budget.png, training.png, runs.png: losses --------------------------------------------------
+
+
+def draw_budget(losses, reference_name, reference_loss, path):
+    """Held-out losses {loops: nats a token}, and the loss without loops as a line across."""
+    fig, axes = panels(1, 5.5, 3.8)
+    ax = axes[0, 0]
+    ax.plot(list(losses), list(losses.values()), color=BLUE, marker="o", label="looped")
+    ax.axhline(reference_loss, color=ORANGE, ls="--", label=reference_name)
+    ax.set(xlabel="loops", ylabel="held-out loss (nats a token)", title="loss by budget")
+    ticks_at(ax, list(losses))
     ax.legend()
     finish(fig, path)
 
 
 def draw_training(records, path):
-    """Training losses by step, and the held-out loss of every evaluation."""
-    steps, evals = [r for r in records if "loss" in r], [r for r in records if "eval" in r]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for name, (colour, style, _) in zip(("loss", "lm", "mono", "q"), LINES):
-        left.plot(
-            [r["step"] for r in steps],
-            [r[name] for r in steps],
-            color=colour,
-            ls=style,
-            lw=1.1,
-            label={"loss": "sum", "lm": "L_LM", "mono": "L_mono", "q": "L_Q"}[name],
-        )
-    left.set(xlabel="optimizer step", ylabel="loss over supervised loops", title="training")
-    left.legend()
-    for name, (colour, style, marker) in zip(evals[-1]["eval"], (("0.5", "-", None), *LINES)):
-        right.plot(
-            [r["step"] for r in evals],
-            [r["eval"][name] for r in evals],
-            color=colour,
-            ls=style,
-            marker=marker,
-            ms=4,
-            label=f"{name} loop{'s' * (name != '1')}" if name.isdigit() else name,
-        )
-    right.set(
-        xlabel="optimizer step",
-        ylabel="held-out loss (nats a token)",
-        title="held-out",
-        yscale="log",
-    )
-    right.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%.2f"))
-    right.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%.1f"))
-    right.legend()
+    """Losses by step, of training and of every evaluation; records: those of a log.jsonl."""
+    fig, axes = panels(2, 10, 3.8)
+    training_ax, held_out_ax = axes[0]
+    draw_training_losses(training_ax, [r for r in records if "loss" in r])
+    draw_held_out_losses(held_out_ax, [r for r in records if "eval" in r])
     finish(fig, path)
 
 
+def draw_training_losses(ax, records):
+    steps = [r["step"] for r in records]
+    labels = {"loss": "sum", "lm": "L_LM", "mono": "L_mono", "q": "L_Q"}
+    for (name, label), line in zip(labels.items(), LINES, strict=False):
+        losses = [r[name] for r in records]
+        ax.plot(steps, losses, color=line["color"], ls=line["ls"], lw=1.1, label=label)
+    ax.set(xlabel="optimizer step", ylabel="loss over supervised loops", title="training")
+    ax.legend()
+
+
+def draw_held_out_losses(ax, records):
+    """A line for the pretrained model, and one for each budget or for the control."""
+    steps = [r["step"] for r in records]
+    grey = {"color": "0.5", "ls": "-"}
+    for name, line in zip(records[-1]["eval"], (grey, *LINES), strict=False):
+        losses = [r["eval"][name] for r in records]
+        ax.plot(steps, losses, **line, ms=4, label=tiny.loops_label(name))
+    ax.set(xlabel="optimizer step", ylabel="held-out loss (nats a token)", title="held-out")
+    logarithmic_losses(ax, "%.2f")
+    ax.legend()
+
+
 def draw_runs(runs, path):
-    """Held-out loss by step of several runs {name: log records}, one panel a budget; a control run is one line in all of them."""
-    evals = {name: [r for r in records if "eval" in r] for name, records in runs.items()}
-    looped = [name for name in evals if "control" not in evals[name][0]["eval"]]
-    budgets = list(
-        dict.fromkeys(b for name in evals for b in evals[name][0]["eval"] if b.isdigit())
-    ) or ["1"]
-    fig, axes = plt.subplots(
-        1, len(budgets), figsize=(3.2 * len(budgets), 3.6), layout="constrained", squeeze=False
-    )
-    for ax, budget in zip(axes[0], budgets):
-        for (name, points), (colour, style, marker) in zip(evals.items(), LINES):
-            key = budget if name in looped else "control"
-            ax.plot(
-                [r["step"] for r in points],
-                [r["eval"][key] for r in points],
-                color=colour,
-                ls=style,
-                marker=marker,
-                ms=4,
-                label=name,
-            )
-        ax.axhline(
-            next(iter(evals.values()))[0]["eval"]["pretrained"],
-            color="0.6",
-            lw=1,
-            label="pretrained",
-        )
-        ax.set(title=f"{budget} loop{'s' * (budget != '1')}", xlabel="optimizer step", yscale="log")
-        ax.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%.1f"))
-        ax.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%.1f"))
+    """Held-out loss by step of several runs {name: log records}, a panel for each budget.
+
+    A control run has no budgets; its one line stands in every panel.
+    """
+    evals = {}
+    budgets = {}  # the keys, in the order in which they are met
+    for name, records in runs.items():
+        evals[name] = [r for r in records if "eval" in r]
+        budgets |= dict.fromkeys(key for key in evals[name][0]["eval"] if key.isdigit())
+    budgets = list(budgets) or ["1"]
+    fig, axes = panels(len(budgets), 3.2 * len(budgets), 3.6)
+    for ax, budget in zip(axes[0], budgets, strict=True):
+        draw_runs_at(ax, evals, budget)
     axes[0, 0].set_ylabel("held-out loss (nats a token)")
     axes[0, 0].legend()
     finish(fig, path)
 
 
-def draw_accuracy(found, path):
-    """The tiny world's accuracy.json: accuracy by steps needed and by budget, base and control as lines; loops used by steps needed."""
-    budgets = [name for name in found if name.isdigit()]
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    for name, colour, style in (("base", "k", "-"), ("control", "0.5", "--")):
-        left.plot(found[name], color=colour, ls=style, lw=2, label=name)
-    shades = plt.get_cmap("viridis")(torch.linspace(0, 0.9, len(budgets)).numpy())
-    for name, colour, marker in zip(budgets, shades, "os^Dvx"):
-        left.plot(
-            found[name],
-            color=colour,
-            marker=marker,
-            ms=4,
-            lw=1,
-            label=f"{name} loop{'s' * (name != '1')}",
-        )
-    left.set(
-        xlabel="steps needed", ylabel="problems solved", title="by steps needed", ylim=(-0.03, 1.05)
-    )
-    kinds = {
-        "base solves them": lambda share: share >= 0.6,
-        "base fails (< 60 %)": lambda share: share < 0.6,
-    }
-    for (kind, chosen), (colour, style, marker) in zip(kinds.items(), LINES):
-        mean = lambda name: (lambda kept: sum(kept) / max(len(kept), 1))(
-            [x for x, base in zip(found[name], found["base"]) if chosen(base)]
-        )
-        middle.plot(
-            [int(b) for b in budgets],
-            [mean(b) for b in budgets],
-            color=colour,
-            ls=style,
-            marker=marker,
-            label=kind,
-        )
-        middle.axhline(mean("base"), color=colour, lw=1, alpha=0.6)
-        middle.axhline(mean("control"), color=colour, lw=1, ls=":", alpha=0.9)
-    middle.plot([], [], color="0.3", lw=1, label="base alone")
-    middle.plot([], [], color="0.3", lw=1, ls=":", label="control alone")
-    middle.set(
-        xscale="log",
-        xlabel="loops",
-        ylabel="problems solved",
-        title="by budget",
-        ylim=(-0.03, 1.05),
-        xticks=[int(b) for b in budgets],
-        xticklabels=budgets,
-    )
-    middle.minorticks_off()
-    right.bar(range(len(found["loops"])), found["loops"], color="0.6")
-    right.set(
-        xlabel="steps needed",
-        ylabel="loops before q reaches the threshold",
-        title=f"where it stops (rank correlation {found['rank_correlation']:.2f})",
-    )
-    left.legend(fontsize=7)
-    middle.legend(fontsize=7)
-    finish(fig, path)
+def draw_runs_at(ax, evals, budget):
+    """One panel of runs.png. evals {name of the run: its evaluations}."""
+    for (name, records), line in zip(evals.items(), LINES, strict=False):
+        key = "control" if "control" in records[0]["eval"] else budget
+        losses = [r["eval"][key] for r in records]
+        ax.plot([r["step"] for r in records], losses, **line, ms=4, label=name)
+    first, *_ = evals.values()
+    ax.axhline(first[0]["eval"]["pretrained"], color="0.6", lw=1, label="pretrained")
+    ax.set(title=tiny.loops_label(budget), xlabel="optimizer step")
+    logarithmic_losses(ax, "%.1f")
+
+
+# ---- speed.png -----------------------------------------------------------------------------------
 
 
 def draw_speed(found, path):
-    """Fig. 11: seconds a token by context, one line a contender of bench.py."""
-    fig, ax = plt.subplots(figsize=(5.5, 3.8), layout="constrained")
-    at = [row["context"] for row in found["contexts"]]
-    for name, (colour, style, marker) in zip(
-        [name for name in found["contexts"][0] if name != "context"], LINES
-    ):
-        ax.plot(
-            at,
-            [row[name] for row in found["contexts"]],
-            color=colour,
-            ls=style,
-            marker=marker,
-            label=name if name == "uncached" else f"cached, {name}",
-        )
-    ax.set(
-        xscale="log",
-        yscale="log",
-        xticks=at,
-        xticklabels=at,
-        xlabel="tokens before",
-        ylabel="seconds a token",
-        title=f"{found['shape']}, {found['budget']} loops",
-    )
-    ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-    ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    """Fig. 11: seconds a token by context, a line a contender. found: what bench.py writes."""
+    fig, axes = panels(1, 5.5, 3.8)
+    ax = axes[0, 0]
+    rows = found["contexts"]
+    contexts = [row["context"] for row in rows]
+    contenders = [name for name in rows[0] if name != "context"]
+    for name, line in zip(contenders, LINES, strict=False):
+        label = name if name == "uncached" else f"cached, {name}"
+        ax.plot(contexts, [row[name] for row in rows], **line, label=label)
+    ax.set(yscale="log", xlabel="tokens before", ylabel="seconds a token")
+    ax.set_title(f"{found['shape']}, {found['budget']} loops")
+    ticks_at(ax, contexts)
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    ax.yaxis.set_minor_formatter(NullFormatter())
     ax.legend()
     finish(fig, path)
 
 
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description="Draw what the loops do.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_model_flags(
+        parser,
+        "preset, directory or hub id (default: the newest checkpoint below out/, "
+        "else the embedded tiny-loopus)",
+    )
+    add = parser.add_argument
+    add("--prompt", action="append", help="repeatable (default: the paper's four)")
+    add("--loops", type=number(int, 1), default=20)
+    add(
+        "--data",
+        help="text for the stage profile and the loss by budget: "
+        ".txt, .jsonl, .jsonl.gz, .jsonl.xz or .parquet",
+    )
+    add(
+        "--sequences",
+        type=number(int, 1),
+        default=16,
+        help="of 256 tokens, taken from the start of --data",
+    )
+    add("--out", type=Path, default=Path("figures"))
+    add(
+        "--runs",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="compare training runs by their log.jsonl (runs.png), and draw nothing else",
+    )
+    add(
+        "--bench",
+        type=Path,
+        metavar="FILE",
+        help="draw the numbers that bench.py wrote (speed.png), and nothing else",
+    )
+    return parser.parse_args()
+
+
 def read_log(path):
+    """The records of a run's log.jsonl, an evaluation among them."""
     try:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
@@ -420,129 +511,131 @@ def read_log(path):
     return records
 
 
-def finish(fig, path):
-    """Write a figure beside and rename it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda partial: fig.savefig(partial, format="png"))
-    except OSError as error:
-        raise InputError(f"--out {path.parent}: not writable ({error})") from None
-    plt.close(fig)
-    print(f"wrote {path}")
+def compare_runs(directories, out):
+    require(
+        len(directories) <= len(LINES),
+        f"--runs: {len(directories)} runs; {len(LINES)} can be told apart in a figure",
+    )
+    names = [directory.name for directory in directories]
+    if len(set(names)) < len(names):
+        names = [str(directory) for directory in directories]
+    logs = [read_log(directory / "log.jsonl") for directory in directories]
+    draw_runs(dict(zip(names, logs, strict=True)), out / "runs.png")
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description="Draw what the loops do.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+def show_speed(file, out):
+    found = read_json(file)
+    require(
+        found.get("contexts"),
+        f"--bench {file}: no times by context in it; expected what bench.py writes",
     )
-    add_model_flags(
-        parser,
-        "preset, directory or hub id (default: the newest checkpoint below out/, else the embedded tiny-loopus)",
-    )
-    parser.add_argument("--prompt", action="append", help="repeatable (default: the paper's four)")
-    parser.add_argument("--loops", type=number(int, 1), default=20)
-    parser.add_argument(
-        "--data",
-        help="text for the stage profile and the loss by budget: .txt, .jsonl, .jsonl.gz, .jsonl.xz or .parquet",
-    )
-    parser.add_argument(
-        "--sequences",
-        type=number(int, 1),
-        default=16,
-        help="of 256 tokens, taken from the start of --data",
-    )
-    parser.add_argument("--out", type=Path, default=Path("figures"))
-    parser.add_argument(
-        "--runs",
-        type=Path,
-        nargs="+",
-        metavar="DIR",
-        help="compare training runs by their log.jsonl (runs.png), and draw nothing else",
-    )
-    parser.add_argument(
-        "--bench",
-        type=Path,
-        metavar="FILE",
-        help="draw the numbers that bench.py wrote (speed.png), and nothing else",
-    )
-    args = parser.parse_args()
-    if args.runs or args.bench:
-        if args.runs:
-            require(
-                len(args.runs) <= len(LINES),
-                f"--runs: {len(args.runs)} runs; {len(LINES)} can be told apart in a figure",
-            )
-            unique = len({run.name for run in args.runs}) == len(args.runs)
-            draw_runs(
-                {
-                    run.name if unique else str(run): read_log(run / "log.jsonl")
-                    for run in args.runs
-                },
-                args.out / "runs.png",
-            )
-        if args.bench:
-            found = read_json(args.bench)
-            require(
-                found.get("contexts"),
-                f"--bench {args.bench}: no times by context in it; expected what bench.py writes",
-            )
-            draw_speed(found, args.out / "speed.png")
-        return
-    args.model = args.model or newest_checkpoint()
-    device = pick_device(args.device)
-    torch.manual_seed(args.seed)
-    model, tokenizer = load(
-        str(args.model), split=args.split, device=device, dtype=pick_dtype(args.dtype, device)
-    )
-    require(tokenizer, f"--model {args.model}: no tokenizer.json in it, which prompts need")
+    draw_speed(found, out / "speed.png")
+
+
+def encode_prompts(texts, tokenizer, config, device):
+    """Texts -> [(text, ids (1, T))]. InputError where one is empty or too long."""
+    most = config.max_position_embeddings
     prompts = []
-    world = "tiny" in (model.config.base_model, args.model)
-    for text in args.prompt or (tiny.examples() if world else PROMPTS):
+    for text in texts:
         ids = tokenizer.encode(text, bos=tokenizer.add_bos)
         require(
-            1 <= len(ids) <= model.config.max_position_embeddings,
-            f"--prompt {text[:30]!r}: {len(ids)} tokens; the model takes 1 to {model.config.max_position_embeddings}",
+            1 <= len(ids) <= most,
+            f"--prompt {text[:30]!r}: {len(ids)} tokens; the model takes 1 to {most}",
         )
         prompts.append((text, torch.tensor([ids], device=device)))
-    text = [ids for _, ids in prompts]
-    if args.data:
-        length = min(256, model.config.max_position_embeddings)
-        rows = data.held_out(args.data, tokenizer, length, args.sequences).to(device)
-        text = rows.split(2)
-    trajectories(model, prompts, args.loops, args.out / "trajectories.png")
-    encoder, decoder = profile(model, text, args.out / "profile.png")
+    return prompts
+
+
+def show_trajectories(model, prompts, loops, out):
+    followed = []
+    for text, ids in prompts:
+        states, alphas = follow(model, ids, loops)
+        followed.append((text, states, alphas))
+        first, last = alphas[0], alphas[-1]
+        print(
+            f"{text!r}: mean α {first.mean():.3f} ± {first.std():.3f} over channels at loop 1, "
+            f"{last.mean():.3f} ± {last.std():.3f} at loop {loops}"
+        )
+    draw_trajectories(followed, out / "trajectories.png")
+
+
+def show_profile(model, batches, out):
+    config = model.config
+    encoder, decoder = draw_profile(layer_states(model, batches), config, out / "profile.png")
     print(
-        f"split in use {model.config.encoder_layers},{model.config.decoder_layers}; proposed {encoder},{decoder} "
-        "(leading and trailing layers that turn the state more than twice as far as the median layer)"
+        f"split in use {config.encoder_layers},{config.decoder_layers}; "
+        f"proposed {encoder},{decoder} (leading and trailing layers "
+        "that turn the state more than twice as far as the median layer)"
     )
-    folder = find(str(args.model))[0].parent
-    if world and (folder / "accuracy.json").exists():
-        draw_accuracy(read_json(folder / "accuracy.json"), args.out / "accuracy.png")
-    log = folder / "log.jsonl"
+
+
+def show_losses(model, held_out, loops, log, out):
+    """budget.png and training.png, as far as there are losses to show.
+
+    held_out: ids (N, T) of --data, or None. log: path of the training run's log; it may be absent.
+    """
     records = read_log(log) if log.exists() else []
     evals = [r["eval"] for r in records if "eval" in r]
-    if args.data:
-        losses = loss_by_budget(model, rows, args.loops)
-        draw_budget(
-            losses, ("one pass without the gate", losses.pop("pretrained")), args.out / "budget.png"
-        )
+    if held_out is not None:
+        losses = loss_by_budget(model, held_out, loops)
+        pretrained = losses.pop("pretrained")
+        draw_budget(losses, "one pass without the gate", pretrained, out / "budget.png")
         print("loss by loops: " + ", ".join(f"{b}: {loss:.3f}" for b, loss in losses.items()))
     elif evals and "1" in evals[-1]:
-        draw_budget(
-            {int(b): loss for b, loss in evals[-1].items() if b.isdigit()},
-            ("pretrained", evals[-1]["pretrained"]),
-            args.out / "budget.png",
-        )
+        losses = {int(name): loss for name, loss in evals[-1].items() if name.isdigit()}
+        draw_budget(losses, "pretrained", evals[-1]["pretrained"], out / "budget.png")
     else:
         print(
-            "no budget.png: give --data, or a checkpoint of a training run with its log.jsonl beside"
+            "no budget.png: give --data, "
+            "or a checkpoint of a training run with its log.jsonl beside"
         )
     if evals:
-        draw_training(records, args.out / "training.png")
+        draw_training(records, out / "training.png")
     else:
         print(f"no training.png: no {log}")
 
 
+def show_model(args):
+    """All figures of one model."""
+    name = args.model
+    if name is None:
+        name = str(newest_checkpoint())
+        print(f"--model {name}", file=sys.stderr)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    torch.manual_seed(args.seed)  # for the gate of a model that is not trained yet
+    model, tokenizer = load(name, split=args.split, device=device, dtype=dtype)
+    require(tokenizer, f"--model {name}: no tokenizer.json in it, which prompts need")
+
+    is_tiny = "tiny" in (model.config.base_model, name)
+    texts = args.prompt or (tiny.examples() if is_tiny else PROMPTS)
+    prompts = encode_prompts(texts, tokenizer, model.config, device)
+    held_out = None
+    batches = [ids for _, ids in prompts]
+    if args.data:
+        length = min(256, model.config.max_position_embeddings)
+        held_out = data.held_out(args.data, tokenizer, length, args.sequences).to(device)
+        batches = held_out.split(2)
+
+    show_trajectories(model, prompts, args.loops, args.out)
+    show_profile(model, batches, args.out)
+    # What a training run left stands beside its checkpoints.
+    run_directory = find(name)[0].parent
+    accuracy = run_directory / "accuracy.json"
+    if is_tiny and accuracy.exists():
+        draw_accuracy(read_json(accuracy), args.out / "accuracy.png")
+    show_losses(model, held_out, args.loops, run_directory / "log.jsonl", args.out)
+
+
+def main():
+    args = parse_args()
+    if args.runs:
+        compare_runs(args.runs, args.out)
+    if args.bench:
+        show_speed(args.bench, args.out)
+    if not args.runs and not args.bench:
+        show_model(args)
+
+
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

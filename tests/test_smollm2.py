@@ -26,9 +26,8 @@ def loaded():
     return load(DIRECTORY, split=(2, 1), dtype=torch.float32)
 
 
-def loss_after_one_loop(model, h, targets):
-    """h⁰ (N, T, D) -> the mean loss, in nats a token."""
-    h, _ = model.loop(h)
+def mean_loss(model, h, targets):
+    """Of D(h), h (N, T, D), in nats a token."""
     losses, _ = train.next_token_loss(model, h, targets)
     return losses.mean().item()
 
@@ -40,12 +39,12 @@ def test_the_open_gate_starts_within_two_percent_of_the_pretrained_loss(loaded):
     ids = data.held_out(SHARED / "data" / "wikitext2_valid.txt", tokenizer, 256, 4)
     targets = train.next_tokens(ids)
     h = model.encode(ids)
-    pretrained = train.plain_loss(model, h, targets).item()
+    pretrained = mean_loss(model, model.pretrained_loop(h), targets)
     model.reasoning.gate.reset_parameters("open")
-    opened = loss_after_one_loop(model, h, targets)
+    opened = mean_loss(model, model.loop(h)[0], targets)
     torch.manual_seed(0)
     model.reasoning.gate.reset_parameters("paper")
-    shut = loss_after_one_loop(model, h, targets)
+    shut = mean_loss(model, model.loop(h)[0], targets)
     assert 2.5 < pretrained < 3.5
     assert opened < 1.02 * pretrained
     assert shut > 1.3 * pretrained
