@@ -114,7 +114,10 @@ def peak_memory(device):
 
 
 def print_row(name, taken, rows=1, bound=None, peer=None):
-    """A line of a table. taken: seconds for one token in each row; bound, peer: theirs."""
+    """A line of a table. taken: seconds in which each of the rows gets one token.
+
+    bound: the least seconds that are possible; peer: the seconds that transformers takes.
+    """
     line = f"  {name:34} {taken * 1e3:9.2f} ms {rows / taken:9.1f} tokens/s"
     if bound:
         line += f"   {bound / taken:6.1%} of the bound"
@@ -365,9 +368,9 @@ def compare_contexts(contenders, contexts, budget, rounds, device):
 
 
 def compare_exits(model, budget, rounds, device):
-    """Table 3: what early exit saves, should a token that stops after x loops cost x loops.
+    """Table 3: does a token that stops after x loops cost what x loops cost?
 
-    -> pairs of mean loops and seconds, sorted.
+    -> pairs of mean loops and seconds, sorted, for several thresholds.
     """
     print(
         f"3. early exit at up to {budget} loops, "
@@ -493,10 +496,13 @@ def next_token_mean(logits, ids):
 THEIRS = "the authors' recipe"
 
 
+def our_name(args):
+    return "LoopUS --compile" if args.compile else "LoopUS"
+
+
 def contender_names(args):
-    """Ours first by the flag that matters; theirs where transformers is installed."""
-    ours = "LoopUS --compile" if args.compile else "LoopUS"
-    names = [ours, f"{ours} --checkpoint-activations"]
+    """Ours with and without a flag that saves memory; theirs, where transformers is installed."""
+    names = [our_name(args), f"{our_name(args)} --checkpoint-activations"]
     if importlib.util.find_spec("transformers"):
         names.insert(0, THEIRS)
     return names
@@ -589,7 +595,7 @@ def draw_jobs(args, config):
 
 
 def step_flops(model, tokens, supervised):
-    """Operations of our training step: 2 a weight and token forward, 4 more with backward."""
+    """Operations of our training step: 2 a weight and token forward, 6 with backward."""
     E = linear_weights(model.encoder)
     M = linear_weights(model.reasoning)
     D = linear_weights(model.decoder)
@@ -631,7 +637,7 @@ def train(args, device, dtype):
     )
     tokens = args.batch_size * args.seq_len
     print_contenders(pipes, taken, tokens)
-    ours = "LoopUS --compile" if args.compile else "LoopUS"
+    ours = our_name(args)
     flops = [step_flops(model, tokens, supervised) for _, supervised in jobs[1:]]
     rate = statistics.mean(flops) / taken[ours]
     print(
