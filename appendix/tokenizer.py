@@ -72,11 +72,14 @@ START, TOKEN, TEXT = "start", "token", "text"
 
 @contextmanager
 def errors_name(path):
-    """Whatever goes wrong in this block is the file's fault: an InputError with its name."""
+    """Whatever goes wrong in this block is the file's fault: an InputError with its name.
+
+    It may show what is in the file, so its length is bounded.
+    """
     try:
         yield
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {error!s:.300}") from None
     except Exception as error:  # a wrong type anywhere in the file, a regex that does not compile
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{path}: malformed ({reason:.200}); fetch it again") from None
@@ -149,6 +152,7 @@ def read_added_tokens(raw, vocab):
             all(type(flag) is bool for flag in flags.values()),
             f"added token {content!r:.80}: expected true or false for {', '.join(flags)}",
         )
+        content.encode()  # a half of a surrogate pair is no text
         check_id(content, id)
         owner = owners.setdefault(id, content)
         require(
@@ -689,7 +693,7 @@ class Tokenizer:
                 pass
         ranks = []
         for piece in self._pieces(section):
-            word = bytes(byte for byte in piece.encode() if byte not in self.lost_bytes)
+            word = piece.encode().translate(None, delete=bytes(self.lost_bytes))
             if word in self.whole_ranks:
                 ranks.append(self.whole_ranks[word])
             elif word:

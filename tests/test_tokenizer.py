@@ -352,6 +352,7 @@ def test_ids_are_whole_numbers_each_once(tmp_path, path, id):
         ("gpt2", ("added_tokens", 1, "content"), ["a"]),
         ("gpt2", ("added_tokens", 1, "content"), "<s>"),
         ("gpt2", ("added_tokens", 1, "content"), "a"),
+        ("gpt2", ("added_tokens", 1, "content"), "\ud800"),
         ("gpt2", ("added_tokens", 1, "lstrip"), "yes"),
         ("gpt2", ("added_tokens", 1, "special"), None),
         ("gpt2", ("pre_tokenizer",), None),
