@@ -16,7 +16,7 @@ import torch
 
 import tiny
 from appendix.errors import InputError, require, run_main
-from appendix.fast import compile_decoding
+from appendix.fast import compile_decoding, require_compiler
 from appendix.flags import add_model_flags, number, pick_device, pick_dtype
 from appendix.hub import find, newest_checkpoint
 from appendix.memory import announce, count
@@ -163,6 +163,8 @@ def load_model(args):
     """The model and tokenizer that the flags ask for; what they need in memory is said before."""
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
+    if args.compile:
+        require_compiler(device)
     if args.model is None:
         args.model = newest_checkpoint()
         print(f"--model {args.model}", file=sys.stderr)

@@ -25,7 +25,7 @@ import tiny
 from appendix import data, parallel, resume
 from appendix.chunks import in_chunks, logits_at_once
 from appendix.errors import InputError, live, require, run_main, say
-from appendix.fast import checkpoint_activations, compile_layers
+from appendix.fast import checkpoint_activations, compile_layers, require_compiler
 from appendix.flags import add_model_flags, number, pick_device, pick_dtype
 from appendix.hub import PRESETS
 from appendix.memory import announce_training, count, keep_freed_memory
@@ -179,6 +179,7 @@ def add_recipe_flags(parser):
         "--eval-data", help="held-out text (default: the first sequences of --data, not trained on)"
     )
     add("--eval-sequences", type=number(int, 1), default=16, help="held-out sequences")
+    add("--special-tokens", action="store_true", help="read special tokens in the text as tokens")
     add("--seq-len", type=number(int, 2), default=1024, help="tokens of a sequence")
     # the recipe; the paper's: 3B tokens, about 26 sequences of 1024 a step
     add("--steps", type=number(int, 1), default=1000, help="optimizer steps")
@@ -272,9 +273,8 @@ class Run:
         return "control" if self.args.control else "step"
 
 
-def load_run(args, checkpoint):
+def load_run(args, checkpoint, device):
     """The Run that the flags ask for, as it was in the checkpoint, if there is one."""
-    device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
 
     def say_needs(config):  # before any weights are read
@@ -326,12 +326,24 @@ def training_data(args, tokenizer, position):
         stream = zip(tiny.batches(args.batch_size, args.seed), itertools.count(1), strict=True)
         stream = itertools.islice(stream, position or 0, None)
     else:
-        shape = (tokenizer, args.seq_len)
-        ids = data.held_out(args.eval_data or args.data, *shape, args.eval_sequences)
+        ids = data.held_out(
+            args.eval_data or args.data,
+            tokenizer,
+            args.seq_len,
+            args.eval_sequences,
+            special=args.special_tokens,
+        )
         held_out = (ids, next_tokens(ids))
-        skip = 0 if args.eval_data else args.eval_sequences
-        shape = (tokenizer, args.batch_size, args.seq_len)
-        rows = data.batches(args.data, *shape, args.seed, skip, position)
+        rows = data.batches(
+            args.data,
+            tokenizer,
+            args.batch_size,
+            args.seq_len,
+            args.seed,
+            skip=0 if args.eval_data else args.eval_sequences,
+            position=position,
+            special=args.special_tokens,
+        )
         stream = (((ids, next_tokens(ids)), behind) for ids, behind in rows)
     stream = data.ahead(parallel.own_share(stream))
     first = next(stream)  # data that cannot be read is found before anything is written
@@ -460,7 +472,7 @@ def print_step(record, args, spent):
 # ---- the training loop ---------------------------------------------------------------------------
 
 
-def fit(args):
+def fit(args, device):
     """Train as the flags say, the backbone plainly if args.control; -> the trained model."""
     # May one write into the folder, and does a run in it go on? Then the model, then the data.
     kind = "control" if args.control else "step"
@@ -469,7 +481,7 @@ def fit(args):
         resume.open_run, args.out, kind, resume.run_flags(args), args.resume, tiny_again
     )
     torch.manual_seed(args.seed)
-    run = load_run(args, checkpoint)
+    run = load_run(args, checkpoint, device)
     held_out, batches = training_data(args, run.tokenizer, progress.data)
     held_out = [x.to(run.device) for x in held_out]
     choice = progress.generator(args.seed)  # the same supervised loops in every process
@@ -526,12 +538,15 @@ def fit(args):
 def main():
     args = parse_args()
     parallel.join()
-    model = fit(args)
+    device = pick_device(args.device)
+    if args.compile:
+        require_compiler(device)
+    model = fit(args, device)
     if args.model == "tiny" and not args.control:  # the control beside it, then what came of both
         out = args.out
         args.control = True
         args.out = out / "control"
-        tiny.report(model, fit(args), out)
+        tiny.report(model, fit(args, device), out)
     parallel.leave(0)
 
 

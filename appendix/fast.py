@@ -2,6 +2,7 @@
 from outside; loopus.py knows nothing of it.
 
 split_single_token_products   a CPU's threads share the products of one token (decoding)
+require_compiler              can --compile work here?
 compile_decoding              torch.compile for the passes of one token a row
 compile_layers                torch.compile for training
 checkpoint_activations        less memory in training: activations are made again for the gradient
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from appendix.errors import InputError, first_line, require
 from loopus import ADDED, Cache
 
 PARTS = 16  # into which a product is split: enough for the threads of a small machine
@@ -64,6 +66,20 @@ class WholeCache(Cache):
         if T > 1:
             return super().visible(start, T, window)
         return slice(0, self.columns)
+
+
+def require_compiler(device):
+    """InputError unless torch.compile can work on this device: asked before anything is made."""
+    require(device.type in ("cpu", "cuda"), f"--compile: not built for {device}; leave it out")
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:  # a kind of torch's own, and others by version
+        raise InputError(
+            f"--compile: needs a C++ compiler, and none was found ({first_line(error)}); install "
+            "g++, or set CXX to one, or leave --compile out"
+        ) from None
 
 
 def compile_decoding(model):
