@@ -199,14 +199,14 @@ def small(seed=0, gate=True, dtype=torch.float64, **changes):
 
 
 def environment(**changes):
-    """The environment of a script: the user's own, but for what changes its output's encoding.
+    """The environment of a script: the user's own, but for what changes how its output is written.
 
     Only tests/test_hub.py is about the network: it says HF_HUB_OFFLINE="0".
     """
     own = {
         name: value
         for name, value in os.environ.items()
-        if name not in ("LC_ALL", "PYTHONIOENCODING")
+        if name not in ("LC_ALL", "PYTHONIOENCODING", "PYTHONUNBUFFERED")
     }
     return own | {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"} | changes
 
@@ -232,6 +232,22 @@ def script(*args, cwd=None, timeout=300, **env):
         errors="replace",
         env=environment(**env),
     )
+
+
+def succeeded(done, *words):
+    """Assert that a command ended well and printed these words; -> all that it printed."""
+    assert done.returncode == 0, done.stderr
+    for word in words:
+        assert word in done.stdout
+    return done.stdout
+
+
+def refused(done, *words):
+    """Assert that a command ended as it does for bad input, and said these words."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
 
 
 # ---- what is made once ---------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import torch
 from conftest import BACKBONES, GOLDEN, small, write_backbone
 from safetensors.torch import load_file
 
+from appendix.fast import SplitLinear
 from load_weights import load
-from appendix.fast import SplitLinear as Linear
 from loopus import Gate, InputError, LoopUSConfig
 
 # The tensors that are in no transformer layer, in the order and under the names of the published
@@ -60,7 +60,7 @@ def test_open_gate_is_the_pretrained_model_exactly_and_shut_gate_no_loop():
 
 @pytest.mark.parametrize("outputs", [1, 7, 24, 64])
 def test_a_single_tokens_product_in_parts_is_the_matrixs(outputs):
-    layer = Linear(10, outputs, bias=False)
+    layer = SplitLinear(10, outputs, bias=False)
     weight = layer.weight.detach().double().numpy()
     inputs = [
         torch.randn(10),
