@@ -411,6 +411,82 @@ def sees(reader, seen, window):
     return (distance >= 0) & (distance < window)
 
 
+# ---- generation without a cache: what is meant, and the oracle for all that is faster ------------
+
+
+@dataclass
+class Step:
+    """One new token a row. A row that has ended repeats its last token, with 0 loops and q = 0."""
+
+    tokens: torch.Tensor  # (N,)
+    loops: torch.Tensor  # (N,) loops run by the pass that produced the token
+    confidence: torch.Tensor  # (N,) q after the last of them
+
+
+@dataclass
+class Loop:
+    """One loop of a pass, as a stopping rule sees it: the last token of each row."""
+
+    confidence: torch.Tensor  # (N,) q, eq. 9
+    doubt: torch.Tensor  # (N,) Π (1 − qʲ) over the loops so far
+    moved: torch.Tensor  # (N,) ‖hᵇ − hᵇ⁻¹‖₂
+    decode: Callable[[], torch.Tensor]
+
+    @cached_property
+    def logits(self):
+        """(N, V) of the next token. This runs D, so a rule pays for it only if it asks.
+
+        A rule that asks must do so at every loop, the first too: D's cache then ends with the last.
+        """
+        return self.decode()
+
+
+@torch.inference_mode()
+def continue_plainly(model, ids, max_new_tokens, stopping, draw, eos_ids, window):
+    """Continue one row, ids (1, T); for every new token the whole text is computed again.
+
+    stopping: when the loops of a pass end (below, with its rules). draw: logits -> token.
+    """
+    for _ in range(max_new_tokens):
+        span = model.span(ids.shape[1], window)
+        h = model.encoder(ids, span)
+        doubt = 1.0
+        loops = 0
+        before = None
+        for _ in range(stopping.budget):
+            new, delta = model.reasoning(h, span)
+            q = model.q_logit(delta).sigmoid()
+            doubt = doubt * (1 - q)
+            loop = Loop(q, doubt, distance(new, h), partial(model.decoder.last, new, span))
+            h = new
+            loops += 1
+            if stopping.rule(loop, before, stopping.threshold).item():
+                break
+            before = loop
+        check_finite(loop.logits)
+        token = draw(loop.logits)  # (1,)
+        yield Step(token, torch.full_like(token, loops), q)
+        if token.item() in eos_ids:
+            return
+        ids = torch.cat((ids, token[:, None]), dim=1)
+
+
+def distance(new, old):
+    """How far the last token's state moved: two of (N, T, D) -> (N,)."""
+    return (new - old)[:, -1].float().norm(dim=-1)
+
+
+def check_finite(logits):
+    """Refuse logits that no token can be drawn from. The one wait for the device per token."""
+    if all(logits.isfinite().all(-1).tolist()):
+        return
+    raise InputError(
+        f"the next token's logits are not finite, computed in {str(logits.dtype)[6:]}: the weights "
+        "hold nan or inf, or numbers grew too large for this dtype; try --dtype float32, or "
+        "another checkpoint"
+    )
+
+
 # ---- generation: drawing a token -----------------------------------------------------------------
 
 
@@ -421,9 +497,7 @@ class Sampler:
     temperature: float
     top_k: int | None
     top_p: float | None
-    generators: list[
-        torch.Generator
-    ]  # one a row, so that a row in a batch draws what it draws alone
+    generators: list  # of torch.Generator, one a row: it draws in a batch what it draws alone
 
     def draw(self, logits, rows):
         """logits (N, V) of these rows of the batch -> tokens (N,); temperature 0: the likeliest."""
@@ -444,36 +518,7 @@ class Sampler:
         return torch.cat(drawn)
 
 
-def check_finite(logits):
-    """Refuse logits that no token can be drawn from. The one wait for the device per token."""
-    if all(logits.isfinite().all(-1).tolist()):
-        return
-    raise InputError(
-        f"the next token's logits are not finite, computed in {str(logits.dtype)[6:]}: the weights "
-        "hold nan or inf, or numbers grew too large for this dtype; try --dtype float32, or "
-        "another checkpoint"
-    )
-
-
 # ---- generation: when a pass stops ---------------------------------------------------------------
-
-
-@dataclass
-class Loop:
-    """One loop of a pass, as a stopping rule sees it: the last token of each row."""
-
-    confidence: torch.Tensor  # (N,) q, eq. 9
-    doubt: torch.Tensor  # (N,) Π (1 − qʲ) over the loops so far
-    moved: torch.Tensor  # (N,) ‖hᵇ − hᵇ⁻¹‖₂
-    decode: Callable[[], torch.Tensor]
-
-    @cached_property
-    def logits(self):
-        """(N, V) of the next token. This runs D, so a rule pays for it only if it asks.
-
-        A rule that asks must do so at every loop, the first too: D's cache then ends with the last.
-        """
-        return self.decode()
 
 
 # A rule says which rows have looped enough, (N,) bool, from this loop, the loop before (None at the
@@ -534,80 +579,6 @@ class Stopping:
     budget: int
     rule: Callable
     threshold: float
-
-
-# ---- generation without a cache: what is meant, and the oracle for all that is faster ------------
-
-
-@dataclass
-class Step:
-    """One new token a row. A row that has ended repeats its last token, with 0 loops and q = 0."""
-
-    tokens: torch.Tensor  # (N,)
-    loops: torch.Tensor  # (N,) loops run by the pass that produced the token
-    confidence: torch.Tensor  # (N,) q after the last of them
-
-
-def distance(new, old):
-    """How far the last token's state moved: two of (N, T, D) -> (N,)."""
-    return (new - old)[:, -1].float().norm(dim=-1)
-
-
-@torch.inference_mode()
-def continue_plainly(model, ids, max_new_tokens, stopping, draw, eos_ids, window):
-    """Continue one row, ids (1, T); for every new token the whole text is computed again."""
-    for _ in range(max_new_tokens):
-        span = model.span(ids.shape[1], window)
-        h = model.encoder(ids, span)
-        doubt = 1.0
-        loops = 0
-        before = None
-        for _ in range(stopping.budget):
-            new, delta = model.reasoning(h, span)
-            q = model.q_logit(delta).sigmoid()
-            doubt = doubt * (1 - q)
-            loop = Loop(q, doubt, distance(new, h), partial(model.decoder.last, new, span))
-            h = new
-            loops += 1
-            if stopping.rule(loop, before, stopping.threshold).item():
-                break
-            before = loop
-        check_finite(loop.logits)
-        token = draw(loop.logits)  # (1,)
-        yield Step(token, torch.full_like(token, loops), q)
-        if token.item() in eos_ids:
-            return
-        ids = torch.cat((ids, token[:, None]), dim=1)
-
-
-def continue_rows_plainly(model, ids, lengths, max_new_tokens, stopping, draw, eos_ids, window):
-    """The same for all rows of ids (N, T), each by itself, as steps of the whole batch."""
-    rows = [
-        continue_plainly(
-            model,
-            ids[r : r + 1, :n],
-            max_new_tokens,
-            stopping,
-            partial(draw, rows=[r]),
-            eos_ids,
-            window,
-        )
-        for r, n in enumerate(lengths)
-    ]
-    latest = [None] * len(rows)
-    for steps in zip_longest(*rows):
-        for r, step in enumerate(steps):
-            if step is None:  # the row has ended
-                tokens = latest[r].tokens
-                step = Step(
-                    tokens, torch.zeros_like(tokens), torch.zeros_like(latest[r].confidence)
-                )
-            latest[r] = step
-        yield Step(
-            torch.cat([step.tokens for step in latest]),
-            torch.cat([step.loops for step in latest]),
-            torch.cat([step.confidence for step in latest]),
-        )
 
 
 # ---- the cache -----------------------------------------------------------------------------------
@@ -690,6 +661,8 @@ class Cache:
 
         loops (N,), columns (T,). A row that ran no loop keeps what it has.
         """
+        if self.depths == 1:
+            return
         depths = torch.arange(self.depths, device=loops.device)[:, None]
         source = torch.where(loops > 0, torch.minimum(depths, loops - 1), depths)  # (depths, N)
         rows = torch.arange(len(loops), device=loops.device)
@@ -761,7 +734,7 @@ def think(model, ids, span, cache, live, stopping):
             if not any(running):
                 break
         before = loop
-    if stopping.rule is not never:
+    if not all(running):
         cache.settle(loops, span.columns)
     return loop.logits, loops, q
 
@@ -787,6 +760,34 @@ def continue_with_cache(model, ids, pads, max_new_tokens, stopping, depths, draw
                 return
         start += ids.shape[1]
         ids = tokens[:, None]
+
+
+def continue_rows_plainly(model, ids, lengths, max_new_tokens, stopping, draw, eos_ids, window):
+    """continue_plainly for each row of ids (N, T) by itself, as steps of the whole batch."""
+    rows = [
+        continue_plainly(
+            model,
+            ids[r : r + 1, :n],
+            max_new_tokens,
+            stopping,
+            partial(draw, rows=[r]),
+            eos_ids,
+            window,
+        )
+        for r, n in enumerate(lengths)
+    ]
+    latest = [None] * len(rows)
+    for steps in zip_longest(*rows):
+        for r, step in enumerate(steps):
+            if step is None:  # the row has ended
+                last = latest[r]
+                step = Step(last.tokens, 0 * last.loops, 0 * last.confidence)
+            latest[r] = step
+        yield Step(
+            torch.cat([step.tokens for step in latest]),
+            torch.cat([step.loops for step in latest]),
+            torch.cat([step.confidence for step in latest]),
+        )
 
 
 def pad_on_the_left(ids, lengths):

@@ -537,7 +537,7 @@ def fit(args, device):
 
 def main():
     args = parse_args()
-    parallel.join()
+    parallel.join(args.device)
     device = pick_device(args.device)
     if args.compile:
         require_compiler(device)

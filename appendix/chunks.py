@@ -25,5 +25,8 @@ def in_chunks(function, x, targets, vocab_size):
     if len(chunks) == 1:
         results = [function(*chunks[0])]
     else:
-        results = [checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks]
+        results = []
+        for chunk in chunks:
+            again = checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False)
+            results.append(again)
     return tuple(torch.cat(parts).view_as(targets) for parts in zip(*results, strict=True))

@@ -54,9 +54,9 @@ class WholeCache(Cache):
     CUDA graphs replay the same kernels on the same addresses, so shapes may not grow with the text.
     """
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.columns = self.encoder[0].keys.shape[2]
+    def __init__(self, config, rows, columns, depths, like):
+        self.columns = -(-columns // 256) * 256  # rounded up, so that few sizes are compiled
+        super().__init__(config, rows, self.columns, depths, like)
         layers = [self.encoder, self.decoder, *self.loops]
         for layer_cache in (entry for layer in layers for entry in layer):
             torch._dynamo.mark_static_address(layer_cache.keys, guard=False)
@@ -94,6 +94,7 @@ def compile_decoding(model):
         "size_asserts": False,
         "triton.cudagraphs": graphs,
         "cpp_wrapper": not graphs,
+        "coordinate_descent_tuning": graphs,  # else a GPU's products of one token are slow
     }
 
     def compiled(function):
@@ -138,4 +139,6 @@ def compile_layers(model):
 def checkpoint_activations(model):
     """Keep only each layer's input for the gradient, and make the rest again when it is needed."""
     for layer in (*model.reasoning.layers, *model.decoder.layers):
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = functools.partial(
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+        )  # nothing in a layer is random

@@ -7,11 +7,12 @@ a model of which every process holds a part.
 import itertools
 import os
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from appendix.errors import InputError
+from appendix.errors import InputError, require
 
 
 def rank():
@@ -24,15 +25,25 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def join():
-    """Become one of the processes that torchrun started, if it did. Only process 0 prints."""
+def join(device="auto"):
+    """Become one of the processes that torchrun started, if it did. Only process 0 prints.
+
+    device: as --device says; on a GPU each process takes the one with its own number.
+    """
     if "WORLD_SIZE" not in os.environ:
         return
-    backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # which "cuda" means from here on
-        backend = "nccl"
-    dist.init_process_group(backend)
+    require(
+        device in ("auto", "cpu", "cuda"),
+        f"--device {device}: torchrun gives each process a device of its own; leave it out, or "
+        "say cpu",
+    )
+    timeout = timedelta(hours=1)  # the others wait while process 0 writes and hashes a checkpoint
+    if torch.cuda.is_available() and device != "cpu":
+        own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(own)  # which "cuda" means from here on
+        dist.init_process_group("nccl", timeout=timeout, device_id=own)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the program ends)
 
@@ -111,13 +122,11 @@ def shard(model, dtype, device):
     mesh = dist.init_device_mesh(device.type, (world(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     model.encoder.requires_grad_(False)
-    modules = [
-        model.encoder.embed_tokens,
-        *model.encoder.layers,
-        *model.reasoning.layers,
-        *model.decoder.layers,
-        model.decoder.lm_head,
-    ]
+    stacks = [model.encoder.layers, model.reasoning.layers, model.decoder.layers]
+    modules = [layer for stack in stacks for layer in stack]
+    # A stack holds its layers together: each layer alone would keep its whole gradient until the
+    # end of backward, and none would be gathered while the one before it runs.
+    modules += [*stacks, model.encoder.embed_tokens, model.decoder.lm_head]
     for module in modules:
         fully_shard(module.float(), mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     model.to(device)

@@ -13,7 +13,7 @@ LOOPS = 6
 
 
 def prompt(rows=2):
-    return torch.randint(0, 50, (rows, 7), generator=torch.Generator().manual_seed(5))
+    return torch.randint(0, 50, (rows, 9), generator=torch.Generator().manual_seed(5))
 
 
 def trained(model):
