@@ -41,6 +41,7 @@ import torch
 
 from appendix.errors import InputError, require
 from appendix.hub import fetch, hub_files
+from appendix.tokenizer import SplitError
 
 SHUFFLE = 1024  # sequences that are shuffled together
 READ = 2**18  # characters of a .txt that are read at once
@@ -106,11 +107,12 @@ def hub_shards(source):
 def documents(path, skip=0):
     """(number, text) of a file's documents, from number `skip` on; empty ones are left out.
 
-    A .txt is one document; a long one comes in parts, in turn, with the same number. A .jsonl (also
-    .gz, .xz) has one a line, in the field "text"; a .parquet one a row, in the column "text".
+    A .txt is one document; a long one comes as several texts, in turn, with the same number. A
+    .jsonl (also .gz, .xz) has a document in each line's field "text", a .parquet in each row's
+    column "text".
     """
     path = Path(path)
-    with one_line_errors(path):
+    with reading_errors(path):
         if path.name.endswith(".txt"):
             yield from read_text(path)
         elif path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.xz")):
@@ -122,12 +124,14 @@ def documents(path, skip=0):
 
 
 @contextmanager
-def one_line_errors(path):
+def reading_errors(path):
     """Whatever goes wrong in reading a file becomes an InputError."""
     try:
         yield
     except InputError:
         raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: not readable: no such file or folder here") from None
     except Exception as error:  # of the system, UTF-8, the decompressors, pyarrow
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path}: not readable ({reason:.200})") from None
@@ -226,8 +230,8 @@ def sequences(files, tokenizer, seq_len, place=None, special=False):
 
 def full_rows(ids, seq_len, rest):
     """Rows of seq_len ids: of `rest`, then of the lists `ids`. What is over stays in `rest`."""
-    for part in ids:
-        rest += part
+    for more in ids:
+        rest += more
         full = len(rest) - len(rest) % seq_len
         rows = [rest[start : start + seq_len] for start in range(0, full, seq_len)]
         del rest[:full]
@@ -243,21 +247,21 @@ def encoded_documents(name, path, tokenizer, skip, special):
             f"{tokenizer.path}: neither it nor a file beside it names an end token; documents are "
             "packed without one between them",
         )
-    for number, parts in itertools.groupby(documents(path, skip), key=itemgetter(0)):
-        texts = (text for _, text in parts)
+    for number, entries in itertools.groupby(documents(path, skip), key=itemgetter(0)):
+        texts = (text for _, text in entries)
         where = name if name.endswith(".txt") else f"{name}, document {number + 1}"
         if not special:
             texts = watched(texts, tokenizer, where)
-        ids = named_errors(tokenizer.encode_parts(texts, tokenizer.add_bos, special), where)
-        yield number, itertools.chain(ids, [end])
+        yield number, encoded(texts, tokenizer, end, special, where)
 
 
-def named_errors(ids, where):
-    """The same, and an InputError says where."""
+def encoded(texts, tokenizer, end, special, where):
+    """A document's ids as lists, in turn."""
     try:
-        yield from ids
-    except InputError as error:
+        yield from tokenizer.encode_parts(texts, tokenizer.add_bos, special)
+    except SplitError as error:
         raise InputError(f"{where}: {error}") from None
+    yield end
 
 
 def watched(texts, tokenizer, where):

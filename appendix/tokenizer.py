@@ -64,14 +64,18 @@ SENTENCEPIECE_SPLIT = " *[^ ]+| +"
 BYTE_LEVEL_CUT = r"(?<=\S)(?= )|(?<=[0-9A-Za-z\u4e00-\u9fff])(?=\n)"
 SENTENCEPIECE_CUT = r"(?<=[^\s▁])(?= )"
 
-PATIENCE = 10  # seconds that a split pattern may take on 100,000 characters, a thousandfold time
+PATIENCE = 10  # seconds for a split pattern on 100,000 characters; those above take 0.02
 
 # What a section follows: the start of the text, an added token, or text of the part before it.
 START, TOKEN, TEXT = "start", "token", "text"
 
 
+class SplitError(InputError):
+    """A text on which the split pattern takes for ever; the message says nothing of the text."""
+
+
 @contextmanager
-def errors_name(path):
+def file_errors(path):
     """Whatever goes wrong in this block is the file's fault: an InputError with its name.
 
     It may show what is in the file, so its length is bounded.
@@ -278,6 +282,14 @@ def keeps_gaps(split):
 class SentencePiece:
     """Atoms are characters; "▁" stands for a space. See the head of this file.
 
+    Say the tokens are <0x00> … <0xFF>, a, 中 and a中, which a merge makes; 中 is E4 B8 AD in UTF-8:
+
+        rank       bytes          ids
+        0 … 255    each byte      that of <0x00> …, but for the byte 61 that of a
+        256        E4 B8          those of <0xE4> and <0xB8>: what is left if AD does not follow
+        257        E4 B8 AD       that of 中
+        258        61 E4 B8 AD    that of a中
+
     A space is put before a section, by the normaliser (`Prepend`, every section) or after it
     (`Metaspace`, where its prepend_scheme says so and none is there). The attributes are those of
     `ByteLevel`.
@@ -471,7 +483,7 @@ def read_ends(directory, options, token_ids):
     for name, content in options.items():
         # A LoopUS checkpoint's config.json has the backbone's inside.
         for fields in (content, content.get("base_config_dict") or {}):
-            with errors_name(directory / name):
+            with file_errors(directory / name):
                 bos += named_ids(fields, "bos_token", token_ids)
                 eos += named_ids(fields, "eos_token", token_ids)
     return list(dict.fromkeys(bos)), list(dict.fromkeys(eos))
@@ -498,8 +510,10 @@ def named_ids(fields, name, token_ids):
 
 
 def expects_bos(raw, tokenizer_config):
-    """Does the model expect bos in front of every text? raw: tokenizer.json, whose template says it
-    where tokenizer_config.json does not."""
+    """Does the model expect bos in front of every text?
+
+    tokenizer_config.json says so, or else the template in tokenizer.json (raw).
+    """
     if "add_bos_token" in tokenizer_config:
         return bool(tokenizer_config["add_bos_token"])
     processor = raw.get("post_processor") or {}
@@ -531,24 +545,13 @@ class Tokenizer:
         directory = Path(directory)
         self.path = directory / "tokenizer.json"
         raw = read_json(self.path)
-        options = read_options(directory)
-        with errors_name(self.path):
+        with file_errors(self.path):
             self._read(raw)
-        self.special = {token.id: token.content for token in self.added}
-        token_ids = self.vocab | {token.content: token.id for token in self.added}
-        bos_ids, eos_ids = read_ends(directory, options, token_ids)
-        self.bos_id = bos_ids[0] if bos_ids else None
-        self.eos_id = eos_ids[0] if eos_ids else None
-        self.eos_ids = tuple(eos_ids)
-        with errors_name(self.path):
-            self.add_bos = bool(bos_ids) and expects_bos(raw, options["tokenizer_config.json"])
-        owners = {id: token for token, id in token_ids.items()}
-        self.max_id = max([*owners, *bos_ids[:1], *eos_ids])
-        self.max_token = owners.get(self.max_id, "bos_token_id or eos_token_id")
+        self._read_ends(directory, raw)
         self.files = {}
         for name in TOKENIZER_FILES:
             if (directory / name).exists():
-                with errors_name(directory / name):
+                with file_errors(directory / name):
                     self.files[name] = (directory / name).read_bytes()
 
     def _read(self, raw):
@@ -573,6 +576,20 @@ class Tokenizer:
             "unk_token is set, and some bytes have no token: not supported",
         )
 
+    def _read_ends(self, directory, raw):
+        """bos and end tokens, and the highest id."""
+        options = read_options(directory)
+        token_ids = self.vocab | {token.content: token.id for token in self.added}
+        bos_ids, eos_ids = read_ends(directory, options, token_ids)
+        self.bos_id = bos_ids[0] if bos_ids else None
+        self.eos_id = eos_ids[0] if eos_ids else None
+        self.eos_ids = tuple(eos_ids)
+        with file_errors(self.path):
+            self.add_bos = bool(bos_ids) and expects_bos(raw, options["tokenizer_config.json"])
+        owners = {id: token for token, id in token_ids.items()}
+        self.max_id = max([*owners, *bos_ids[:1], *eos_ids])
+        self.max_token = owners.get(self.max_id, "bos_token_id or eos_token_id")
+
     def _prepare_ranks(self):
         """Ranks for tiktoken, and the way back from them."""
         self.ids_of_rank = [*self.bpe.ids.values(), *self.bpe.whole.values()]
@@ -581,7 +598,7 @@ class Tokenizer:
         self.lost_bytes = {word[0] for word, ids in self.bpe.ids.items() if not ids}
         # Only patterns that are known here are given to tiktoken's regex (see `_ranks`). tiktoken
         # is slow without any special token, so it has one, which `_ranks` never lets it use.
-        self.split = regex.compile(self.bpe.pattern)
+        self.piece_pattern = regex.compile(self.bpe.pattern)
         self.tiktoken_splits = self.bpe.cut is not None and not self.bpe.whole
         self.tiktoken = tiktoken.Encoding(
             "loopus",
@@ -621,7 +638,7 @@ class Tokenizer:
 
         bos: bos_id in front (if there is one). special: texts of special tokens (`<|im_end|>`, …)
         are these tokens; they are plain text otherwise. What UTF-8 cannot write, a half of a
-        surrogate pair, becomes "?". Raises InputError for a split pattern that gives up.
+        surrogate pair, becomes "?". Raises SplitError where the split pattern takes for ever.
         """
         ids = []
         for part in self.encode_parts([text], bos, special):
@@ -649,8 +666,13 @@ class Tokenizer:
 
     def _last_cut(self, text):
         """The last place in a text where it may be cut, or 0."""
-        places = self.cut.finditer(text) if self.cut else ()
-        return max((place.start() for place in places), default=0)
+        if self.cut is None:
+            return 0
+        for start in (max(0, len(text) - 1000), 0):  # mostly there is one near the end
+            places = [place.start() for place in self.cut.finditer(text, start)]
+            if places:
+                return places[-1]
+        return 0
 
     def _encode(self, text, before, special):
         """Ids of a part; `before` says what it follows -> (ids, what the next part follows)."""
@@ -705,13 +727,13 @@ class Tokenizer:
         seconds = PATIENCE * (1 + len(section) / 100_000)
         pieces, end = [], 0
         try:
-            for match in self.split.finditer(section, timeout=seconds):
+            for match in self.piece_pattern.finditer(section, timeout=seconds):
                 if self.bpe.keeps_gaps and end < match.start():
                     pieces.append(section[end : match.start()])
                 pieces.append(match.group())
                 end = match.end()
         except TimeoutError:
-            raise InputError(
+            raise SplitError(
                 f"{self.path}: its split pattern takes more than {seconds:.0f} s on a text of "
                 f"{len(section)} characters; cut the text, or use another tokenizer"
             ) from None

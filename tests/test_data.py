@@ -286,12 +286,23 @@ def test_a_line_that_is_no_document_is_one_line_that_names_it(tmp_path, line):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["corpus", "no/such/folder", "../corpus"])
+@pytest.mark.parametrize("name", ["corpus", "no/such/folder", "../corpus", "corpus.txt"])
 def test_a_wrong_path_is_said_to_be_one_first(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match="no such file or folder here"):
-        data.shards(name)
+        next(data.batches(name, Tokenizer(GOLDEN / "gpt2"), 1, 8, seed=0))
+
+
+def test_an_error_of_a_file_names_it_once(tmp_path):
+    """It passes through the encoding of what stands before it."""
+    tokenizer = Tokenizer(GOLDEN / "gpt2")
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
+    (tmp_path / "a.txt").write_bytes(b"fine " * data.READ + b"\xff")
+    for name, words in (("a.jsonl", ", line 2: field"), ("a.txt", ": not readable")):
+        with pytest.raises(InputError) as error:
+            rows_of(tmp_path / name, tokenizer)
+        assert str(error.value).startswith(f"{tmp_path / name}{words}")
 
 
 # ---- in a thread ---------------------------------------------------------------------------------
