@@ -50,23 +50,6 @@ from appendix.files import read_json, write_text, write_whole
 from load_weights import backbone_name, load
 from loopus import ADDED, LoopUS, LoopUSConfig
 
-BASE = Path(__file__).resolve().parent / "assets" / "tiny" / "base"
-
-# train.py's defaults for this world. docs/tiny.md says what they are worth.
-RECIPE = {
-    "steps": 1200,
-    "batch_size": 64,
-    "accumulate": 1,
-    "seq_len": 64,
-    "lr": 2e-3,
-    "warmup": 100,
-    "gate_init": "open",
-    "threshold": 0.95,
-    "eval_every": 300,
-    "eval_sequences": 208,
-    "dtype": "float32",
-}
-
 # ---- the language --------------------------------------------------------------------------------
 
 SYMBOLS = "abcdefgh12345678?"  # a token's id is its place here
@@ -101,7 +84,8 @@ def problems(steps, questions, generator, rows=ROWS):
 
     strip = torch.where(is_copy[..., None], digits, letters).flatten(1)  # (N, rows * LANES)
     answers = last_row(letters, source, is_copy)
-    # The questions point at the last row: 5 places back, then 6, since an answer stands between.
+    # Question i points at cell i of the last row. From one question to the next its place moves on
+    # by two and the cell by one, so the digits are 5, 6, 7, 8.
     asked = digit(LANES + 1 + torch.arange(LANES)).expand(N, -1)
     dialogue = torch.stack((asked, answers), dim=-1).flatten(1)  # question, answer, question, …
     dialogue = dialogue[:, : 2 * questions - 1]  # the last answer is for the model to give
@@ -136,6 +120,7 @@ def held_out(count):
 
 # ---- the base ------------------------------------------------------------------------------------
 
+BASE = Path(__file__).resolve().parent / "assets" / "tiny" / "base"
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -321,6 +306,22 @@ def shapes(model):
 
 # ---- what came of it -----------------------------------------------------------------------------
 
+# train.py's defaults for this world. docs/tiny.md says what they are worth.
+RECIPE = {
+    "steps": 1200,
+    "batch_size": 64,
+    "accumulate": 1,
+    "seq_len": 64,
+    "lr": 2e-3,
+    "warmup": 100,
+    "gate_init": "open",
+    "threshold": 0.95,
+    "eval_every": 300,
+    "eval_sequences": 208,
+    "dtype": "float32",
+}
+BUDGETS = (1, 2, 4, 8, 16, 32)  # of the table in which `report` compares the models
+
 
 @torch.no_grad()
 def right(model, budget, threshold=None, count=200, seed=2026):
@@ -386,9 +387,6 @@ def hard(shares):
     """
     fails = shares["base"] < 0.6
     return {name: share[fails].mean().item() for name, share in shares.items()}
-
-
-BUDGETS = (1, 2, 4, 8, 16, 32)  # of the table
 
 
 def report(looped, control, directory):

@@ -239,6 +239,13 @@ def test_visualize_takes_the_newest_tiny_run_and_says_so(trained):
     assert (directory / "figures" / "accuracy.png").stat().st_size > 20_000
 
 
+def test_visualize_draws_a_run_beside_its_control(trained):
+    directory, _ = trained
+    done = script("visualize.py", *flags("--runs out/tiny out/tiny/control"), cwd=directory)
+    assert done.returncode == 0, done.stderr
+    assert (directory / "figures" / "runs.png").stat().st_size > 20_000
+
+
 def test_sample_shows_problems_without_arguments_or_a_run(tmp_path):
     done = script("sample.py", "--budget", 8, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
