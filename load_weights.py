@@ -82,7 +82,7 @@ def read_config(path, split=None):
         fields = backbone_fields(raw)
         return LoopUSConfig(encoder_layers=encoder, decoder_layers=decoder, **fields)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {error!s:.500}") from None  # a value may be very long
 
 
 def backbone_fields(raw):
@@ -189,7 +189,7 @@ def positive_number(field, value):
         type(value) in (int, float) and 1e-30 < value < 1e30,
         f"{field} is {shorten(value)}: expected a positive number",
     )
-    return value
+    return float(value)
 
 
 # ---- Hugging Face's names <-> ours ---------------------------------------------------------------

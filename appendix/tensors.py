@@ -8,13 +8,12 @@ tensors and plain containers; nothing else opens a .bin here, and none is ever w
 import functools
 import re
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from appendix.errors import InputError, first_line, require
-from appendix.files import read_json
+from appendix.files import read_json, shorten
 
 # ---- which files of a folder or repository are a model's weights ---------------------------------
 
@@ -49,12 +48,16 @@ def find_index(names):
 def read_index(path):
     """An index file -> {tensor name: file name}."""
     weight_map = read_json(path).get("weight_map")
-    is_map = isinstance(weight_map, dict) and len(weight_map) > 0
-    # A file name without a folder: what lies elsewhere on this machine is not the model's.
     require(
-        is_map and all(isinstance(f, str) and Path(f).name == f for f in weight_map.values()),
-        f"{path}: no weight_map from tensor names to files beside it",
+        isinstance(weight_map, dict) and len(weight_map) > 0,
+        f"{path}: no weight_map from tensor names to files",
     )
+    for file in weight_map.values():
+        # A plain name: what lies in another folder of this machine is not the model's.
+        require(
+            isinstance(file, str) and re.fullmatch(r"[\w.-]{1,200}", file, re.ASCII),
+            f"{path}: weight_map names {shorten(file)}: expected a file beside it",
+        )
     return weight_map
 
 
@@ -96,9 +99,8 @@ def open_safetensors(path):
         with safe_open(path, framework="pt") as file:
             yield file
     except (OSError, SafetensorError) as error:
-        reason = first_line(error)
         raise InputError(
-            f"{path}: not a whole safetensors file ({reason}); fetch it again"
+            f"{path}: not a whole safetensors file ({first_line(error):.200}); fetch it again"
         ) from None
 
 
@@ -113,9 +115,9 @@ def unpickle(path):
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
         return {name: x for name, x in content.items() if is_ordinary(name, x)}
     except Exception as error:  # of zip, pickle, the system and others, each with its own words
-        reason = first_line(error)
         raise InputError(
-            f"{path}: not a readable PyTorch file of tensors ({reason}); fetch it again"
+            f"{path}: not a readable PyTorch file of tensors ({first_line(error):.200}); "
+            "fetch it again"
         ) from None
 
 

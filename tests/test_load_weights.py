@@ -394,7 +394,7 @@ SPOILT = [
     (activation, "gelu"),
     (shard, "model-00002-of-00002.safetensors"),
     (shard_without_it, "nowhere"),
-    (shard_elsewhere, "no weight_map from tensor names to files beside it"),
+    (shard_elsewhere, "weight_map names '../outside.safetensors'"),
     (index, "weight_map"),
     (pickle_of_a_list, "pytorch_model.bin: not a readable"),
     (pickle_of_numbers, "only 0 tensors"),
