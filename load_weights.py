@@ -116,7 +116,7 @@ def check_sizes(fields):
 
 
 def rope_theta(raw):
-    """The base of the rotary angles. It moved from the top into rope_parameters in 2025."""
+    """The base of the rotary angles; transformers 5 writes it into rope_parameters."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     require(isinstance(rope, dict), f"rope_parameters is {shorten(rope)}: expected an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -136,11 +136,11 @@ def checkpoint_config(raw, split):
     )
     fields = backbone_fields(base)
     encoder, decoder = checkpoint_split(raw, fields["num_hidden_layers"])
-    require(
-        split in (None, (encoder, decoder)),
-        f"--split {split}: this LoopUS checkpoint is split {encoder},{decoder} already; "
-        "leave --split out",
-    )
+    if split not in (None, (encoder, decoder)):
+        raise InputError(
+            f"--split {split[0]},{split[1]}: this LoopUS checkpoint is split {encoder},{decoder} "
+            "already; leave --split out"
+        )
     threshold = raw.get("q_threshold", 0.6)
     require(
         type(threshold) in (int, float) and 0 <= threshold <= 1,
