@@ -1,258 +1,392 @@
-"""generate() against a plain reference: no cache tensors, token by token, lists of the keys of every depth."""
+"""generate() against a plain reference, and what a batch, a window and an early exit promise.
+
+The reference at the top goes token by token and keeps lists instead of a cache: it is also the
+shortest statement of who sees whom, and at which depth.
+"""
 
 import math
 import shutil
 
 import pytest
 import torch
+from conftest import small
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import small
 from appendix.fast import compile_decoding, split_single_token_products
 from loopus import RULES, Cache, InputError, cache_bytes, rotary_angles, rotate
 
+# ---- the reference -------------------------------------------------------------------------------
+# An entry is what a token shows to later ones: a (key, value), (G, K) each, for every layer of a
+# stack.
 
-def attend(attn, x, position, keys, values, config, window):
-    """One token (D,) through one attention; its own key is appended first. Plain softmax over the list."""
-    heads = lambda y: y.view(-1, config.head_dim)
+
+def attend(attention, x, position, earlier, config, window):
+    """One token x (D,) through one attention. earlier: [(key, value)] of the tokens before it.
+
+    -> its output (D,) and its own (key, value).
+    """
+    H, K = config.num_attention_heads, config.head_dim
     cos, sin = rotary_angles(torch.tensor([position]), config, x.dtype)
-    turn = lambda y: rotate(y[None, :, None], cos, sin)[0, :, 0]
-    q, k, v = (
-        turn(attn.q_norm(heads(attn.q_proj(x)))),
-        turn(attn.k_norm(heads(attn.k_proj(x)))),
-        heads(attn.v_proj(x)),
-    )
-    keys, values = [*keys, k][-window:], [*values, v][-window:]
-    out, share = [], config.num_attention_heads // config.num_key_value_heads
-    for head in range(config.num_attention_heads):
-        scores = torch.stack(
-            [q[head] @ key[head // share] / math.sqrt(config.head_dim) for key in keys]
-        ).softmax(0)
-        out.append(sum(s * value[head // share] for s, value in zip(scores, values)))
-    return attn.o_proj(torch.cat(out)), k, v
+    query = attention.q_norm(attention.q_proj(x).view(-1, K))
+    key = attention.k_norm(attention.k_proj(x).view(-1, K))
+    value = attention.v_proj(x).view(-1, K)
+    query = rotate(query[None, :, None], cos, sin)[0, :, 0]
+    key = rotate(key[None, :, None], cos, sin)[0, :, 0]
+
+    seen = [*earlier, (key, value)][-window:]
+    heads = []
+    for head in range(H):
+        group = head // (H // config.num_key_value_heads)
+        scores = torch.stack([query[head] @ k[group] for k, _ in seen]) / math.sqrt(K)
+        weights = scores.softmax(0)
+        heads.append(sum(w * v[group] for w, (_, v) in zip(weights, seen, strict=True)))
+    return attention.o_proj(torch.cat(heads)), (key, value)
 
 
-def stack(layers, x, position, past, config, window):
-    """One token through layers; past[i] = (keys, values) of earlier tokens. -> output and this token's [(k, v)]"""
-    made = []
-    for layer, (keys, values) in zip(layers, past):
-        y, k, v = attend(
-            layer.self_attn, layer.input_layernorm(x), position, keys, values, config, window
-        )
+def through(layers, x, position, earlier, config, window):
+    """One token x (D,) through a stack of layers. earlier: the entries of the tokens before it.
+
+    -> its output (D,) and its own entry.
+    """
+    entry = []
+    for i, layer in enumerate(layers):
+        shown = [other[i] for other in earlier]
+        normed = layer.input_layernorm(x)
+        y, key_value = attend(layer.self_attn, normed, position, shown, config, window)
         x = x + y
         x = x + layer.mlp(layer.post_attention_layernorm(x))
-        made.append((k, v))
-    return x, made
+        entry.append(key_value)
+    return x, entry
 
 
-@torch.no_grad()
-def reference(model, prompt, count, budget, threshold, halt, kv, window):
-    """[(token, loops, confidence)]: DESIGN of the recurrence, spelt out. entries[b][j] is what token j shows at depth b."""
-    c, gate = model.config, model.reasoning.gate
-    rooms = {"E": [], "M": [[] for _ in range(budget)], "D": []}
-    see = lambda entries, layers: [
-        ([e[i][0] for e in entries], [e[i][1] for e in entries]) for i in range(layers)
-    ]
-    block, result = list(prompt), []
-    for _ in range(count):
-        start, states = len(rooms["E"]), []
-        for i, token in enumerate(block):
-            x, made = stack(
-                model.encoder.layers,
-                model.encoder.embed_tokens.weight[token],
-                start + i,
-                see(rooms["E"], c.encoder_layers),
-                c,
-                window,
-            )
-            rooms["E"].append(made)
-            states.append(x)
-        doubt, before, depths = 1.0, None, []
-        for b in range(budget):
-            shown, after, depths_b = list(rooms["M"][b]), [], []
-            for i, h in enumerate(states):
-                m, made = stack(
-                    model.reasoning.layers, h, start + i, see(shown, c.reasoning_layers), c, window
-                )
-                shown.append(made)
-                depths_b.append(made)
-                delta = m - h
-                alpha = gate(delta)
-                after.append(alpha * m + (1 - alpha) * h)
-            depths.append(depths_b)
-            q = torch.sigmoid(model.q_head(delta)).item()
-            moved, states = (after[-1] - states[-1]).norm().item(), after
-            doubt *= 1 - q
+def stops(halt, threshold, confidences, moved, log_probs):
+    """Does a stopping rule end the pass?
 
-            def decode():
-                entries = list(rooms["D"])
-                for i, h in enumerate(states):
-                    x, made = stack(
-                        model.decoder.layers,
-                        h,
-                        start + i,
-                        see(entries, c.decoder_layers),
-                        c,
-                        window,
-                    )
-                    entries.append(made)
-                return model.decoder.logits(x), entries
+    From q after every loop so far, how far the last one moved the state, and log p (V,) of the next
+    token after every loop so far.
+    """
+    if halt == "confidence":
+        return confidences[-1] >= threshold
+    if halt == "cdf":
+        return 1 - math.prod(1 - q for q in confidences) >= threshold
+    if halt == "convergence":
+        return moved <= threshold
+    if halt == "none" or len(log_probs) == 1:
+        return False
+    old, new = log_probs[-2:]
+    if halt == "argmax":
+        return new.argmax() == old.argmax()
+    assert halt == "kl"
+    return (new.exp() * (new - old)).sum() <= threshold
 
-            logits, entries = decode()
-            p = logits.log_softmax(-1)
-            stop = {
-                "confidence": q >= threshold,
-                "convergence": moved <= threshold,
-                "cdf": 1 - doubt >= threshold,
-                "none": False,
-                "argmax": before is not None and p.argmax() == before.argmax(),
-                "kl": before is not None and (p.exp() * (p - before)).sum().item() <= threshold,
-            }[halt]
-            before = p
-            if stop:
+
+class Reference:
+    """One row of generate(), temperature 0, with what is promised spelt out."""
+
+    def __init__(self, model, budget, threshold, halt, kv, window):
+        self.model, self.window = model, window
+        self.budget, self.threshold, self.halt, self.kv = budget, threshold, halt, kv
+        self.encoder = []  # the entry of every token so far
+        self.decoder = []
+        self.loops = [[] for _ in range(budget)]  # what every token so far shows at loop b
+
+    def stack(self, layers, states, earlier):
+        """Neighbouring tokens, one after the other: states [(D,)] -> states and entries."""
+        outputs, entries = [], []
+        for x in states:
+            seen = earlier + entries
+            y, entry = through(layers, x, len(seen), seen, self.model.config, self.window)
+            outputs.append(y)
+            entries.append(entry)
+        return outputs, entries
+
+    def loop(self, states, b):
+        """-> the states after loop b, what the tokens show at it, and q."""
+        proposals, entries = self.stack(self.model.reasoning.layers, states, self.loops[b])
+        new = []
+        for old, proposal in zip(states, proposals, strict=True):
+            delta = proposal - old
+            alpha = self.model.reasoning.gate(delta)
+            new.append(alpha * proposal + (1 - alpha) * old)
+        q = torch.sigmoid(self.model.q_head(delta)).item()  # from the last token
+        return new, entries, q
+
+    def think(self, ids):
+        """A pass over the prompt or a new token: -> log p (V,) of the next token, loops, q."""
+        embedded = list(self.model.encoder.embed_tokens.weight[ids])
+        states, entries = self.stack(self.model.encoder.layers, embedded, self.encoder)
+        self.encoder += entries
+        shown, confidences, log_probs = [], [], []
+        for b in range(self.budget):
+            old = states
+            states, entries, q = self.loop(old, b)
+            outputs, decoded = self.stack(self.model.decoder.layers, states, self.decoder)
+            shown.append(entries)
+            confidences.append(q)
+            log_probs.append(self.model.decoder.logits(outputs[-1]).log_softmax(-1))
+            moved = (states[-1] - old[-1]).norm().item()
+            if stops(self.halt, self.threshold, confidences, moved, log_probs):
                 break
-        rooms["D"] = entries
-        for d in range(
-            budget
-        ):  # deeper than it went, a token shows its last depth; shared: always its last depth
-            rooms["M"][d] += depths[min(d, b) if kv == "latest" else b]
-        result.append((logits.argmax().item(), b + 1, q))
-        block = [result[-1][0]]
-    return result
+        self.decoder += decoded
+        for depth in range(self.budget):
+            # latest: deeper than it went, a token shows its last loop. shared: always its last.
+            self.loops[depth] += shown[min(depth, b) if self.kv == "latest" else b]
+        return log_probs[-1], b + 1, q
+
+    @torch.no_grad()
+    def generate(self, prompt, count):
+        """-> [(token, loops, confidence)]."""
+        result, ids = [], prompt
+        for _ in range(count):
+            log_p, loops, q = self.think(ids)
+            token = log_p.argmax().item()
+            result.append((token, loops, q))
+            ids = [token]
+        return result
+
+
+# ---- what the tests share ------------------------------------------------------------------------
+
+
+def random_ids(*shape, seed):
+    """Ids of small()'s vocabulary, the same at every call."""
+    return torch.randint(0, 50, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def row_of(steps, r=0):
+    """[(token, loops)] and [confidence] of one row of generate()'s steps."""
+    counts = [(step.tokens[r].item(), step.loops[r].item()) for step in steps]
+    return counts, [step.confidence[r].item() for step in steps]
 
 
 def spread(model, ids):
-    """A threshold in the middle of the confidences that the model really has, so that rows stop at different depths."""
-    qs = [
-        q
-        for b in (1, 2, 3)
-        for s in model.generate(ids, 4, budget=b, halt="none", temperature=0)
-        for q in s.confidence.tolist()
-    ]
-    qs.sort()
-    return (qs[len(qs) // 2] + qs[len(qs) // 2 - 1]) / 2
+    """A threshold in the middle of the confidences that the model has on ids.
+
+    With it some tokens stop early and others do not.
+    """
+    confidences = []
+    for budget in (1, 2, 3):
+        for step in model.generate(ids, 4, budget=budget, halt="none", temperature=0):
+            confidences += step.confidence.tolist()
+    confidences.sort()
+    middle = len(confidences) // 2
+    return (confidences[middle] + confidences[middle - 1]) / 2
+
+
+# ---- the cache -----------------------------------------------------------------------------------
+
+
+# Rules and thresholds; None: `spread`. Each kl lies between KL(new ‖ old) and KL(old ‖ new) of the
+# prompt's second loop, the first with window 64 and the other with window 5.
+STOPPING = [
+    ("confidence", None),
+    ("cdf", 0.8),
+    ("convergence", 8.0),
+    ("argmax", 0.0),
+    ("kl", 0.26),
+    ("kl", 0.21),
+    ("none", 0.0),
+]
 
 
 @pytest.mark.parametrize("kv", ["latest", "shared"])
-@pytest.mark.parametrize("halt", RULES)
+@pytest.mark.parametrize("halt, threshold", STOPPING)
 @pytest.mark.parametrize("window", [64, 5])
-def test_cache_equals_reference(halt, kv, window):
+def test_cache_equals_reference(halt, threshold, kv, window):
     model = small(3)
-    prompt = torch.randint(0, 50, (1, 7), generator=torch.Generator().manual_seed(2))
-    threshold = {
-        "confidence": spread(model, prompt),
-        "cdf": 0.8,
-        "convergence": 8.0,
-        "kl": 0.3,
-    }.get(halt, 0.0)
-    expected = reference(model, prompt[0].tolist(), 6, 4, threshold, halt, kv, window)
-    found = [
-        (s.tokens.item(), s.loops.item(), s.confidence.item())
-        for s in model.generate(
-            prompt,
-            6,
-            budget=4,
-            halt=halt,
-            exit_threshold=threshold,
-            kv=kv,
-            temperature=0,
-            window=window,
-        )
-    ]
-    assert [f[:2] for f in found] == [e[:2] for e in expected]
-    assert [f[2] for f in found] == pytest.approx([e[2] for e in expected], abs=1e-6)
+    prompt = random_ids(1, 7, seed=2)
+    if threshold is None:
+        threshold = spread(model, prompt)
+
+    reference = Reference(model, 4, threshold, halt, kv, window)
+    expected = reference.generate(prompt[0].tolist(), 6)
+    options = {"budget": 4, "halt": halt, "exit_threshold": threshold, "kv": kv, "window": window}
+    steps = list(model.generate(prompt, 6, temperature=0, **options))
+    found, confidences = row_of(steps)
+
+    assert found == [(token, loops) for token, loops, _ in expected]
+    assert confidences == pytest.approx([q for _, _, q in expected], abs=1e-6)
     if halt in ("confidence", "convergence"):
-        assert len({e[1] for e in expected}) > 1  # else the test would not see early exit
+        assert len({loops for _, loops, _ in expected}) > 1  # else no early exit would be seen
+
+
+def test_every_stopping_rule_is_compared_with_the_reference():
+    assert {halt for halt, _ in STOPPING} == set(RULES)
 
 
 @pytest.mark.parametrize("T", [1, 9])
 @pytest.mark.parametrize("window", [None, 4])
 def test_fixed_budget_equals_no_cache(T, window):
-    model, ids = small(1), torch.randint(0, 50, (2, T), generator=torch.Generator().manual_seed(0))
-    runs = [
-        list(
-            model.generate(
-                ids, 12, budget=3, halt="none", temperature=0, window=window, use_cache=cache
-            )
-        )
-        for cache in (True, False)
-    ]
-    for a, b in zip(*runs, strict=True):
+    model = small(1)
+    ids = random_ids(2, T, seed=0)
+    options = {"budget": 3, "halt": "none", "temperature": 0, "window": window}
+    cached = list(model.generate(ids, 12, **options))
+    plain = list(model.generate(ids, 12, use_cache=False, **options))
+    for a, b in zip(cached, plain, strict=True):
         assert torch.equal(a.tokens, b.tokens)
         torch.testing.assert_close(a.confidence, b.confidence)
     if window is None:  # and the first token is that of forward
-        assert torch.equal(runs[0][0].tokens, model(ids, loops=3)[:, -1].argmax(-1))
+        assert torch.equal(cached[0].tokens, model(ids, loops=3)[:, -1].argmax(-1))
 
 
 @pytest.mark.parametrize("kv", ["latest", "shared"])
 @pytest.mark.parametrize("halt", RULES)
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_a_row_in_a_batch_gives_what_it_gives_alone(kv, halt, use_cache):
-    model, lengths = small(3), [3, 11, 1, 7]
-    ids = torch.randint(0, 50, (4, 11), generator=torch.Generator().manual_seed(4))
-    options = dict(
-        budget=4,
-        halt=halt,
-        exit_threshold=0.5
-        if halt in ("confidence", "cdf")
-        else 8.0
-        if halt == "convergence"
-        else 0.3,
-        kv=kv,
-        use_cache=use_cache,
-        window=9,
-        temperature=0.9,
-        top_k=20,
-        top_p=0.95,
-    )
-    eos = list(model.generate(ids[:1, :3], 4, seed=7, **options))[
-        3
-    ].tokens.item()  # so row 0 ends by its fourth token
+    model = small(3)
+    lengths = [3, 11, 1, 7]
+    ids = random_ids(4, 11, seed=4)
+    thresholds = {"confidence": 0.5, "cdf": 0.5, "convergence": 8.0}
+    options = {
+        "budget": 4,
+        "halt": halt,
+        "exit_threshold": thresholds.get(halt, 0.3),
+        "kv": kv,
+        "use_cache": use_cache,
+        "window": 9,
+        "temperature": 0.9,
+        "top_k": 20,
+        "top_p": 0.95,
+    }
+    start = list(model.generate(ids[:1, :3], 4, seed=7, **options))
+    eos = start[3].tokens.item()  # so row 0 ends by its fourth token
     options["eos_id"] = eos
+
     together = list(model.generate(ids, 10, lengths=torch.tensor(lengths), seed=7, **options))
-    ended = False
+    ended = 0
     for r, n in enumerate(lengths):
         alone = list(model.generate(ids[r : r + 1, :n], 10, seed=7 + r, **options))
-        for i, a in enumerate(alone):
-            assert (a.tokens.item(), a.loops.item()) == (
-                together[i].tokens[r].item(),
-                together[i].loops[r].item(),
-            )
-            assert a.confidence.item() == pytest.approx(together[i].confidence[r].item(), abs=1e-6)
-        for i in range(len(alone), len(together)):
-            ended = True
-            assert (
-                together[i].tokens[r].item(),
-                together[i].loops[r].item(),
-                together[i].confidence[r].item(),
-            ) == (eos, 0, 0.0)
-    assert ended
+        after = len(together) - len(alone)  # steps that others went on without this row
+        expected, confidences = row_of(alone)
+        found, found_confidences = row_of(together, r)
+        assert found == expected + [(eos, 0)] * after
+        assert found_confidences == pytest.approx(confidences + [0.0] * after, abs=1e-6)
+        assert found_confidences[len(alone) :] == [0.0] * after
+        ended += after
+    assert ended > 0
+
+
+class Waits(TorchDispatchMode):
+    """Notes every operation by which the host waits for one number of the device."""
+
+    WAITING = (
+        "aten::_local_scalar_dense",
+        "aten::item",
+        "aten::is_nonzero",
+        "aten::nonzero",
+        "aten::masked_select",
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.noted = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.name() in self.WAITING:
+            self.noted.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def note_shapes(layers):
+    """-> a list that grows by the (rows, tokens) of every input that these layers get."""
+    shapes = []
+
+    def hook(layers, inputs):
+        shapes.append(tuple(inputs[0].shape[:2]))
+
+    layers.register_forward_pre_hook(hook)
+    return shapes
+
+
+def test_a_pass_sees_one_token_a_row_and_runs_the_loops_of_its_slowest_row():
+    """And the host never asks the device but by tolist."""
+    model = small(3)
+    ids = random_ids(4, 6, seed=4)
+    options = {"exit_threshold": spread(model, ids), "lengths": [3, 6, 1, 5], "budget": 4}
+    steps = model.generate(ids, 8, temperature=0, **options)
+    encoded = note_shapes(model.encoder.layers)
+    looped = note_shapes(model.reasoning.layers)
+    with Waits() as waits:
+        steps = list(steps)
+
+    assert not waits.noted
+    assert encoded == [(4, 6)] + [(4, 1)] * 7
+    assert {rows for rows, _ in looped} == {4}
+    slowest = [step.loops.max().item() for step in steps]
+    assert len(looped) == sum(slowest) < 8 * 4
+    assert any(len(set(step.loops.tolist())) > 1 for step in steps)
+
+
+def test_cache_is_of_the_size_that_is_said_and_refused_before_it_is_made():
+    model = small(3)
+
+    def size(depths):
+        """Bytes of a cache of 3 rows and 7 columns."""
+        cache = Cache(model.config, 3, 7, depths, model.decoder.norm.weight)
+        layers = [*cache.encoder, *cache.decoder]
+        for b in range(depths):
+            layers += cache.loop(b)
+        return sum(x.numel() * x.element_size() for c in layers for x in (c.keys, c.values))
+
+    latest = cache_bytes(model.config, 8, torch.float64)
+    shared = cache_bytes(model.config, 1, torch.float64)
+    assert (size(8), size(1)) == (3 * 7 * latest, 3 * 7 * shared)
+
+    outside = cache_bytes(model.config, 0, torch.float64)  # E and D
+    assert shared - outside == (latest - outside) / 8
+
+    with pytest.raises(InputError, match="GB are free"):
+        next(model.generate(torch.ones(2, 3).long(), 10**12, window=10**12))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs a C++ compiler")
+def test_compiled_decoding_gives_the_same_tokens_and_loops():
+    eager = small(3, dtype=torch.float32, num_hidden_layers=3)
+    compiled = small(3, dtype=torch.float32, num_hidden_layers=3)
+    split_single_token_products(compiled)
+    compile_decoding(compiled)
+    ids = random_ids(3, 7, seed=2)
+    several_rows = {"kv": "shared", "window": 9, "lengths": [2, 7, 5]}
+    for rows, options in ((ids[:1], {"kv": "latest"}), (ids, several_rows)):
+        options |= {"budget": 4, "exit_threshold": spread(eager, rows), "temperature": 0}
+        expected = list(eager.generate(rows, 8, **options))
+        found = list(compiled.generate(rows, 8, **options))
+        assert len({n for step in expected for n in step.loops.tolist()}) > 1
+        for a, b in zip(expected, found, strict=True):
+            assert torch.equal(a.tokens, b.tokens)
+            assert torch.equal(a.loops, b.loops)
+            torch.testing.assert_close(a.confidence, b.confidence)
+
+
+# ---- drawing, and arguments ----------------------------------------------------------------------
 
 
 def test_sampling_follows_the_distribution():
-    """Draws over many rows of one prompt match softmax(logits / temperature), cut by top_k and top_p."""
+    """Draws over many rows of one prompt match softmax(logits / temperature), cut or not."""
     model = small(0, dtype=torch.float32)
     ids = torch.tensor([[3, 1, 4]]).repeat(3000, 1)
-    logits = model(ids[:1], loops=1)[0, -1] * 2 / 0.7
+    logits = 2 * model(ids[:1], loops=1)[0, -1]
     model.decoder.lm_head.weight.data *= 2
-    p = logits.softmax(-1)
-    draw = lambda **cut: (
-        next(
-            iter(model.generate(ids, 1, budget=1, temperature=0.7, seed=0, **cut))
-        ).tokens.bincount(minlength=50)
-        / 3000
-    )
-    assert (draw() - p).abs().sum() < 0.12
-    kept = p.topk(4).indices
-    assert (draw(top_k=4)[kept] - p[kept] / p[kept].sum()).abs().max() < 0.04 and draw(top_k=4)[
-        kept
-    ].sum() == pytest.approx(1)
+    p = (logits / 0.7).softmax(-1)
+
+    def shares(**cut):
+        """The share of each token among 3000 draws: (V,)."""
+        steps = model.generate(ids, 1, budget=1, temperature=0.7, seed=0, **cut)
+        return next(steps).tokens.bincount(minlength=50) / 3000
+
+    assert (shares() - p).abs().sum() < 0.12
+
+    likeliest = p.topk(4).indices
+    found = shares(top_k=4)[likeliest]
+    assert found.sum() == pytest.approx(1)
+    assert (found - p[likeliest] / p[likeliest].sum()).abs().max() < 0.04
+    assert torch.equal(shares(top_k=1).argmax(), p.argmax())
+
     order = p.argsort(descending=True)
-    nucleus = order[: int((p[order].cumsum(0) < 0.5).sum()) + 1]
-    assert (
-        draw(top_p=0.5)[nucleus].sum() == pytest.approx(1) and (draw(top_p=0.5)[nucleus] > 0).all()
-    )
-    assert torch.equal(draw(top_k=1).argmax(), p.argmax())
+    count = (p[order].cumsum(0) < 0.5).sum() + 1  # the fewest tokens that hold half of p
+    found = shares(top_p=0.5)[order[:count]]
+    assert found.sum() == pytest.approx(1)
+    assert (found > 0).all()
 
 
 @pytest.mark.parametrize(
@@ -278,92 +412,6 @@ def test_sampling_follows_the_distribution():
     ],
 )
 def test_bad_arguments_are_named_before_anything_runs(change, words):
+    arguments = {"ids": torch.ones(2, 3).long(), "max_new_tokens": 2} | change
     with pytest.raises(InputError, match=words):
-        small().generate(**{"ids": torch.ones(2, 3).long(), "max_new_tokens": 2} | change)
-
-
-class Waits(TorchDispatchMode):
-    """Notes every operation by which the host waits for one number of the device."""
-
-    WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
-
-    def __init__(self):
-        super().__init__()
-        self.noted = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.name() in self.WAITING:
-            self.noted.append(function.name())
-        return function(*args, **(kwargs or {}))
-
-
-def test_a_pass_sees_one_token_a_row_and_runs_the_loops_of_its_slowest_row():
-    """After the prompt every pass sees one token a row; it loops until its last row has stopped;
-    the host never asks the device but by tolist."""
-    model, seen = small(3), {"E": [], "M": []}
-
-    def note(name):
-        def hook(layers, inputs):
-            seen[name].append(inputs[0].shape[:2])
-
-        return hook
-
-    model.encoder.layers.register_forward_pre_hook(note("E"))
-    model.reasoning.layers.register_forward_pre_hook(note("M"))
-    ids = torch.randint(0, 50, (4, 6), generator=torch.Generator().manual_seed(4))
-    threshold = spread(model, ids)
-    options = {"lengths": [3, 6, 1, 5], "budget": 4, "temperature": 0}
-    steps = model.generate(ids, 8, exit_threshold=threshold, **options)
-    seen["E"].clear()
-    seen["M"].clear()
-    with Waits() as waits:
-        steps = list(steps)
-    assert not waits.noted
-    assert seen["E"] == [(4, 6)] + [(4, 1)] * 7
-    assert {rows for rows, _ in seen["M"]} == {4}
-    slowest = [int(step.loops.max()) for step in steps]
-    assert len(seen["M"]) == sum(slowest) < 8 * 4
-    assert any(len(set(step.loops.tolist())) > 1 for step in steps)
-
-
-def test_cache_is_of_the_size_that_is_said_and_refused_before_it_is_made():
-    model = small(3)
-
-    def size(depths):
-        cache = Cache(model.config, 3, 7, depths, model.decoder.norm.weight)
-        layers = [*cache.encoder, *cache.decoder]
-        for b in range(depths):
-            layers += cache.loop(b)
-        return sum(x.numel() * x.element_size() for c in layers for x in (c.keys, c.values))
-
-    latest = cache_bytes(model.config, 8, torch.float64)
-    shared = cache_bytes(model.config, 1, torch.float64)
-    assert (size(8), size(1)) == (3 * 7 * latest, 3 * 7 * shared)
-    outside = cache_bytes(model.config, 0, torch.float64)
-    assert shared - outside == (latest - outside) / 8
-    with pytest.raises(InputError, match="GB are free"):
-        next(model.generate(torch.ones(2, 3).long(), 10**12, window=10**12))
-
-
-@pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs a C++ compiler")
-def test_compiled_decoding_gives_the_same_tokens_and_loops():
-    eager, compiled = (small(3, dtype=torch.float32, num_hidden_layers=3) for _ in "ec")
-    split_single_token_products(compiled)
-    compile_decoding(compiled)
-    ids = torch.randint(0, 50, (3, 7), generator=torch.Generator().manual_seed(2))
-    for ids, options in (
-        (ids[:1], {"kv": "latest"}),
-        (ids, {"kv": "shared", "window": 9, "lengths": [2, 7, 5]}),
-    ):  # one row is compiled as sums
-        runs = [
-            list(
-                m.generate(
-                    ids, 8, budget=4, exit_threshold=spread(eager, ids), temperature=0, **options
-                )
-            )
-            for m in (eager, compiled)
-        ]
-        assert len({int(n) for step in runs[0] for n in step.loops}) > 1
-        for a, b in zip(*runs, strict=True):
-            assert torch.equal(a.tokens, b.tokens) and torch.equal(a.loops, b.loops)
-            torch.testing.assert_close(a.confidence, b.confidence)
+        small().generate(**arguments)
