@@ -308,15 +308,16 @@ def shapes(model):
 
 # train.py's defaults for this world. docs/tiny.md says what they are worth.
 RECIPE = {
-    "steps": 1200,
+    "steps": 600,
     "batch_size": 64,
     "accumulate": 1,
     "seq_len": 64,
     "lr": 2e-3,
     "warmup": 100,
     "gate_init": "open",
-    "threshold": 0.95,
-    "eval_every": 300,
+    "horizon": 4,
+    "threshold": 0.98,
+    "eval_every": 150,
     "eval_sequences": 208,
     "dtype": "float32",
 }

@@ -145,10 +145,11 @@ def test_the_shipped_model_solves_what_its_base_cannot(looped, counted, shipped)
     """The README's claims."""
     shares, correlation = counted
     mean = tiny.hard(shares | {"control": shipped["control"]})
-    assert mean["8"] > mean["base"] + 0.2
-    assert mean["8"] > mean["control"] + 0.1
+    assert mean["8"] > 0.9
+    assert mean["8"] > mean["base"] + 0.7
+    assert mean["8"] > mean["control"] + 0.7
     assert mean["exit"] > mean["8"] - 0.01
-    assert correlation > 0.5
+    assert correlation > 0.9
 
     few = {"base": shares["base"]}
     for budget in (8, 32):
@@ -216,7 +217,7 @@ def test_training_without_arguments_ends_with_the_table(trained):
 
     saved, _ = load(str(run / "step-000003"))
     assert saved.config.base_model == "tiny"
-    assert saved.config.exit_threshold == 0.95
+    assert saved.config.exit_threshold == 0.98
     assert [round(x, 4) for x in tiny.right(saved, 4)[0].tolist()] == found["4"]
     control, _ = load(str(run / "control" / "control-000003"))
     assert [round(x, 4) for x in tiny.right(control, None)[0].tolist()] == found["control"]
