@@ -11,48 +11,51 @@ and channel, how much of the block's proposal enters the state, and a head that 
                      │            │        ▲
                      └─── − ──────┴─► δ ───┴─► head ─► q: stop?
 
-The model, with the paper's equation numbers (⊙ is a product channel by channel):
+The model, with the paper's equation numbers (⊙ is a product channel by channel, b counts from 0):
 
     h⁰     = E(ids)                            eq. 1   once; never trained
     hᵇ⁺¹   = G(M, hᵇ)                          eq. 2   one loop, which is:
     δ      = M(hᵇ) − hᵇ                                what the block would change
-    Δ      = softplus(W δ + c)                 eq. 3   the gate's step size; W has rank ⌈D / 16⌉
-    α      = exp(−Δ ⊙ exp(A_log))              eq. 4   how far the gate opens, between 0 and 1
+    Δ      = softplus(W δ + c)                 eq. 3   W has rank ⌈hidden_size / 16⌉
+    α      = exp(−Δ ⊙ exp(A_log))              eq. 4   the gate: 1 is open, 0 is shut
     hᵇ⁺¹   = α ⊙ M(hᵇ) + (1 − α) ⊙ hᵇ          eq. 5   α multiplies the new proposal
     q      = σ(head(δ of the last token))      eq. 9   confidence; stop once q ≥ q_th
     logits = D(hᵇ)                                     after any number of loops
 
-The losses of a supervised loop b, for each sequence of a batch (train.py):
+The losses of a supervised loop hᵇ → hᵇ⁺¹, for each sequence of a batch (train.py):
 
-    L_LM   = mean of −log p(next token), p = softmax(D(hᵇ))              eq. 11
-    L_mono = SiLU(L_LM after the loop − L_LM before it)                  eq. 12
-    L_Q    = BCE(q, share of next tokens that argmax D(hᵇ) gets right)   eq. 13
-    L      = L_LM + L_mono + L_Q                                         eq. 10
+    L_LM   = mean of −log p(next token), p = softmax(D(hᵇ⁺¹))              eq. 11
+    L_mono = SiLU(L_LM − the same of D(hᵇ), which counts as a constant)    eq. 12
+    L_Q    = BCE(q, share of next tokens that argmax D(hᵇ⁺¹) gets right)   eq. 13
+    L      = L_LM + L_mono + L_Q                                           eq. 10
 
 L_LM makes every depth a place where one may stop and decode. L_mono asks that a loop should not
-make things worse: SiLU(x) is about x where the loss has risen, so that a rise costs its full size,
-and nearly flat where the loss has fallen, so that a loop which helps is not pushed to help ever
-more. L_Q teaches the head how good the state is. Its target belongs to the whole sequence, because
-training decodes all tokens at one depth, and how many of them are right is then known at no cost.
-Its input is one token, because generation has no more when it must decide: the newest token's δ.
-So q estimates how well this depth serves this text, not whether this one token is right.
+make things worse: SiLU(x) = x σ(x) nears x where the loss has risen, so that a rise costs its full
+size, is x / 2 around 0, and flattens out where the loss has fallen (its lowest value is −0.28), so
+that a loop which helps much is not pushed to help ever more. L_Q teaches the head how good the
+state is. Its target belongs to the whole sequence, because training decodes all tokens at one
+depth, and how many of them are right is then known at no cost. Its input is one token, because
+generation has no more when it must decide: the newest token's δ. So q estimates how well this depth
+serves this text, not whether this one token is right. δ is not detached for the head: L_Q trains M
+too.
 
 In the paper no gradient crosses from one loop into the loop before it: the state is detached, so
 that training needs the memory of one loop whatever B is. The price is that a loop learns only what
 lowers the loss at once. With `train.py --horizon` gradients cross several loops.
 
-Letters: N rows of a batch, T tokens, D channels (hidden_size), V vocabulary, H query heads,
-G key/value heads, K channels of a head (head_dim), S columns of a cache, B loops.
+Letters in shapes (as functions, E, M, D and G are the model's parts): N rows of a batch, T tokens,
+D channels (hidden_size), V vocabulary, H query heads, G key/value heads, K channels of a head
+(head_dim), S columns of a cache that may be seen. B loops; in generation B is called the budget.
 Names: what is pretrained carries Hugging Face's names, what LoopUS adds carries those of the
 published LoopUS checkpoints: `state_dict()` is what their model.safetensors contains.
 
-The first half of this file is the model, leaf to root. The second half is generation: first without
-a cache, which shows what is meant, then with one.
+The first half of this file is the model, leaf to root. The second half is generation: first at its
+plainest, without a cache, then with one.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import zip_longest
 
@@ -67,7 +70,7 @@ ADDED = ("reasoning.gate.", "q_head.")  # the names of what LoopUS adds to a bac
 
 @dataclass
 class LoopUSConfig:
-    """Shape of the backbone (Hugging Face's field names) and of the recast.
+    """Shape of the backbone (Hugging Face's field names), and how its layers go to E, M and D.
 
     Raises InputError if the fields contradict each other.
     """
@@ -103,10 +106,11 @@ class LoopUSConfig:
             self.head_dim % 2 == 0,
             f"head_dim {self.head_dim} is odd; rotary positions need pairs of channels",
         )
-        E, D, layers = self.encoder_layers, self.decoder_layers, self.num_hidden_layers
+        encoder, decoder = self.encoder_layers, self.decoder_layers
         require(
-            min(E, D, self.reasoning_layers) >= 1,
-            f"split {E},{D} of {layers} layers: encoder, reasoning block and decoder each need one",
+            min(encoder, decoder, self.reasoning_layers) >= 1,
+            f"split {encoder},{decoder} of {self.num_hidden_layers} layers: encoder, reasoning "
+            "block and decoder each need one",
         )
 
     @property
@@ -236,13 +240,15 @@ class Gate(nn.Module):
     """The selective gate: how far each channel of each token opens to the proposal M(h).
 
     It is Mamba's selective step size: a softplus makes a positive step Δ of δ, and every channel
-    has a rate of its own, exp(A_log), at which α falls as the step grows.
+    has a rate of its own, exp(A_log), at which α falls as the step grows. In Mamba exp(−Δ · rate)
+    multiplies the old state; here it multiplies the proposal, so a large Δ shuts the gate.
     """
 
     def __init__(self, config):
         super().__init__()
         D = config.hidden_size
         rank = math.ceil(D / 16)
+        # W is the product of these two. Their names are the published ones: δ is not in them.
         self.dt_input_proj = nn.Linear(D, rank, bias=False)
         self.delta_proj = nn.Linear(rank, D)
         self.A_log = nn.Parameter(torch.empty(D))
@@ -264,19 +270,24 @@ class Gate(nn.Module):
         self.dt_input_proj.reset_parameters()
         if init == "paper":
             nn.init.uniform_(self.delta_proj.weight, -(rank**-0.5), rank**-0.5)
-            step = torch.empty(D).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
+            log_size = torch.empty(D).uniform_(math.log(1e-3), math.log(1e-1))
+            step_size = log_size.exp().clamp(min=1e-4)
             self.A_log.copy_(torch.arange(1, D + 1).log())
         else:
             self.delta_proj.weight.zero_()
             self.A_log.zero_()
-            step = torch.full((D,), -math.log(0.9))
-        inverse_softplus = step + torch.log(-torch.expm1(-step))
-        self.delta_proj.bias.copy_(inverse_softplus)  # so that softplus(bias) = step
+            step_size = torch.full((D,), -math.log(0.9))
+        inverse_softplus = step_size + torch.log(-torch.expm1(-step_size))
+        self.delta_proj.bias.copy_(inverse_softplus)  # so that softplus(bias) = step_size
 
     def forward(self, delta):
         """δ (N, T, D) -> α (N, T, D)."""
-        step = F.softplus(self.delta_proj(self.dt_input_proj(delta)))  # Δ, eq. 3
-        return torch.exp(-step * self.A_log.exp())  # α, eq. 4
+        step_size = F.softplus(self.delta_proj(self.dt_input_proj(delta)))  # Δ, eq. 3
+        return torch.exp(-step_size * self.A_log.exp())  # α, eq. 4
+
+    def open_fully(self):
+        """α = 1 whatever δ is: a loop is then the pretrained block itself."""
+        self.A_log.data.fill_(-torch.inf)  # rates of 0
 
 
 class Encoder(nn.Module):
@@ -407,11 +418,16 @@ def sees(reader, seen, window):
 
     It sees itself and what came before it, `window` tokens in all.
     """
-    distance = reader[:, None] - seen
-    return (distance >= 0) & (distance < window)
+    back = reader[:, None] - seen
+    return (back >= 0) & (back < window)
 
 
-# ---- generation without a cache: what is meant, and the oracle for all that is faster ------------
+# ---- generation at its plainest: without a cache -------------------------------------------------
+#
+# A pass is E, then loops, then the last token through D; it gives the next token. A row of a batch
+# stops when it has looped enough in a pass, and it ends when its text does, at an end token.
+# Here every pass computes the whole text anew, all of it to the depth of the new token. With a
+# cache earlier tokens keep the depths they stopped at; the two agree where nothing stops early.
 
 
 @dataclass
@@ -436,7 +452,8 @@ class Loop:
     def logits(self):
         """(N, V) of the next token. This runs D, so a rule pays for it only if it asks.
 
-        A rule that asks must do so at every loop, the first too: D's cache then ends with the last.
+        D writes its cache, so the last call must be that of the newest loop. A rule that compares
+        with the loop before therefore asks at every loop, the first too, and never later.
         """
         return self.decode()
 
@@ -445,7 +462,7 @@ class Loop:
 def continue_plainly(model, ids, max_new_tokens, stopping, draw, eos_ids, window):
     """Continue one row, ids (1, T); for every new token the whole text is computed again.
 
-    stopping: when the loops of a pass end (below, with its rules). draw: logits -> token.
+    stopping: when the loops of a pass end (below, with its rules). draw: logits (1, V) -> (1,).
     """
     for _ in range(max_new_tokens):
         span = model.span(ids.shape[1], window)
@@ -477,7 +494,7 @@ def distance(new, old):
 
 
 def check_finite(logits):
-    """Refuse logits that no token can be drawn from. The one wait for the device per token."""
+    """Refuse logits that no token can be drawn from. This waits for the device."""
     if all(logits.isfinite().all(-1).tolist()):
         return
     raise InputError(
@@ -503,7 +520,8 @@ class Sampler:
         """logits (N, V) of these rows of the batch -> tokens (N,); temperature 0: the likeliest."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        logits = logits.float() / self.temperature
+        logits = logits.float()
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         if self.top_k is not None:
             smallest = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
             logits = logits.masked_fill(logits < smallest, -torch.inf)
@@ -522,7 +540,8 @@ class Sampler:
 
 
 # A rule says which rows have looped enough, (N,) bool, from this loop, the loop before (None at the
-# first) and the threshold. A new rule is a function and an entry in RULES.
+# first) and the threshold. A new rule is a function and an entry in RULES; if its threshold is no
+# probability, sample.py's default for it is an entry in THRESHOLDS.
 
 
 def never(loop, before, threshold):
@@ -570,6 +589,8 @@ RULES = {
     "kl": same_distribution,
     "none": never,
 }
+PROBABILITIES = ("confidence", "cdf")  # their threshold is one; the checkpoint's q_th by default
+THRESHOLDS = {"convergence": 10.0, "kl": 0.01}
 
 
 @dataclass
@@ -614,7 +635,7 @@ class LayerCache:
 
 
 class Cache:
-    """Keys and values of all tokens so far (eq. 14-19): lists of LayerCaches for E, M and D.
+    """Keys and values of all tokens so far: lists of LayerCaches for E, M and D (eq. 14-19).
 
     kv="latest" (depths = budget): M has a set for each loop. At loop b a token sees, of every
     earlier token, what that one made at loop b, or at its last loop if it stopped before that
@@ -657,14 +678,15 @@ class Cache:
         return slice(max(0, start - window + 1), start + T)
 
     def settle(self, loops, columns):
-        """Row r has stopped after loops[r] loops: its last loop stands for all deeper ones.
-
-        loops (N,), columns (T,). A row that ran no loop keeps what it has.
+        """Row r ran loops[r] loops for the tokens in `columns`: the keys and values of its last one
+        are copied to all deeper sets. loops (N,), columns (T,).
         """
         if self.depths == 1:
             return
+        # A row that has ended ran no loop, and keeps what it has.
+        last = torch.where(loops > 0, loops - 1, self.depths - 1)  # (N,)
         depths = torch.arange(self.depths, device=loops.device)[:, None]
-        source = torch.where(loops > 0, torch.minimum(depths, loops - 1), depths)  # (depths, N)
+        source = torch.minimum(depths, last)  # (depths, N): the loop that each depth shows now
         rows = torch.arange(len(loops), device=loops.device)
         for keys, values in self.block:
             for x in (keys, values):
@@ -692,9 +714,12 @@ def cached_span(model, cache, start, T, pads, window):
         positions = (columns - pads[:, None]).clamp(min=0)  # (N, T)
     cos, sin = rotary_angles(positions[:, None], model.config, weight.dtype)
 
-    mask = None  # one token sees all of `visible`; a whole prompt is causal
-    whole = T == 1 or (start == 0 and window >= T)
-    if pads is not None or not whole or visible.stop > start + T:
+    # No mask is needed where the columns that may be seen end with these tokens and the window
+    # hides none of them: for one token, or for a prompt, which Attention then makes causal.
+    ends_here = visible.stop == start + T  # not so in appendix/fast.py's WholeCache
+    in_window = T == 1 or (start == 0 and window >= T)
+    mask = None
+    if pads is not None or not (ends_here and in_window):
         seen = torch.arange(visible.start, visible.stop, device=weight.device)
         mask = sees(columns, seen, window)[None]  # (1, T, S)
         if pads is not None:
@@ -709,19 +734,19 @@ def think(model, ids, span, cache, live, stopping):
     """One pass over ids (N, T): encode, loop until every row has stopped, decode the last token.
 
     A row that has stopped is frozen: it stays in the batch, which loops on for the others, but its
-    state and its entries in the cache stay as they are. live (N,): rows that have not ended.
+    state and its entries in the cache stay as they are. live (N,): rows whose text has not ended.
     -> logits (N, V), loops (N,), q (N,)
     """
     h = model.encoder(ids, span, cache.encoder)
-    looping = replace(span)  # the same tokens, of which only live rows write to M's cache
     q = torch.zeros(len(ids), device=h.device)
     doubt = torch.ones(len(ids), device=h.device)
     loops = torch.zeros(len(ids), dtype=torch.long, device=h.device)
     before = None
-    running = live.tolist()
+    running = live.tolist()  # waits for the device, as check_finite and the test for the end do
     for b in range(stopping.budget):
-        looping.live = None if all(running) else live
-        new, delta = model.reasoning(h, looping, cache.loop(b))
+        span.live = None if all(running) else live  # only live rows write to M's cache
+        new, delta = model.reasoning(h, span, cache.loop(b))
+        span.live = None
         moved = distance(new, h)
         h = torch.where(live[:, None, None], new, h)
         q = torch.where(live, model.q_logit(delta).sigmoid(), q)
@@ -730,7 +755,7 @@ def think(model, ids, span, cache, live, stopping):
         loop = Loop(q, doubt, moved, partial(model.decoder.last, h, span, cache.decoder))
         if stopping.rule is not never and b + 1 < stopping.budget:
             live = live & ~stopping.rule(loop, before, stopping.threshold)
-            running = live.tolist()  # the one wait for the device in a loop
+            running = live.tolist()  # the one wait for the device in each loop
             if not any(running):
                 break
         before = loop
@@ -742,7 +767,8 @@ def think(model, ids, span, cache, live, stopping):
 @torch.inference_mode()
 def continue_with_cache(model, ids, pads, max_new_tokens, stopping, depths, draw, eos_ids, window):
     """Continue all rows of ids (N, T), padded on the left by pads (N,): a pass for the prompt, then
-    one for every new token."""
+    one for every new token. draw: logits (N, V), rows of the batch -> (N,).
+    """
     N, T = ids.shape
     cache = model.new_cache(N, T + max_new_tokens, depths)
     ends = torch.tensor(eos_ids, device=ids.device)
@@ -819,7 +845,8 @@ def check_prompts(ids, lengths, vocab_size):
 
 def check_option(name, value, low, high=math.inf):
     """Refuse a number out of its range, in one line."""
-    require(value is None or low <= value <= high, f"{name} {value}: expected {low} to {high}")
+    bounds = f"at least {low}" if high == math.inf else f"{low} to {high}"
+    require(value is not None and low <= value <= high, f"{name} {value}: expected {bounds}")
 
 
 def check_choice(name, value, choices):
@@ -847,7 +874,8 @@ def generate(
 ):
     """Continue prompts: an iterator of `Step`, one a new token. Called as model.generate(ids, …).
 
-    ids (N, T), padded on the right; lengths (N,): the valid tokens of each row (None: all).
+    ids (N, T), padded on the right with any ids; lengths (N,): the valid tokens of each row (None:
+    all).
     A token's pass runs up to `budget` loops and stops by `halt`, each row by itself; the tokens of
     a prompt stop together, by the last one:
       confidence   q >= exit_threshold (eq. 9)
@@ -859,8 +887,9 @@ def generate(
     kv: `latest` or `shared`, see Cache. temperature 0: the most likely token. Row r draws with
     seed + r. eos_id: the id, or several, that end a row (None: nothing does). window: a token
     sees the last `window` tokens, itself included (None: max_position_embeddings).
-    use_cache=False computes every text anew, its tokens together: slow, and what the cache is
-    tested against. Raises InputError before anything runs, and where logits are not finite.
+    use_cache=False computes every text anew, all its tokens to one depth (`kv` means nothing then):
+    slow, and equal to kv="latest" where nothing stops early. Raises InputError: for bad arguments
+    at once, for a cache that does not fit and for logits that are not finite in the iterator.
     """
     config = model.config
     if lengths is None:
@@ -871,16 +900,16 @@ def generate(
     check_choice("kv", kv, ("latest", "shared"))
     check_option("budget", budget, 1)
     check_option("max_new_tokens", max_new_tokens, 0)
-    check_option("window", window, 1)
-    check_option(
-        "exit_threshold", exit_threshold, 0, 1 if halt in ("confidence", "cdf") else math.inf
-    )
+    check_option("exit_threshold", exit_threshold, 0, 1 if halt in PROBABILITIES else math.inf)
     check_option("temperature", temperature, 0)
-    check_option("top_k", top_k, 1)
-    check_option("top_p", top_p, 1e-9, 1)
-
+    if top_k is not None:
+        check_option("top_k", top_k, 1)
+    if top_p is not None:
+        check_option("top_p", top_p, 1e-9, 1)
     if window is None:
         window = config.max_position_embeddings
+    check_option("window", window, 1)
+
     if seed is None:
         seed = torch.randint(2**62, ()).item()
     eos_ids = [] if eos_id is None else torch.as_tensor(eos_id).reshape(-1).tolist()
@@ -900,4 +929,4 @@ def generate(
     )
 
 
-LoopUS.generate = generate
+LoopUS.generate = generate  # a method, defined down here so that the model can be read without it

@@ -21,10 +21,9 @@ from appendix.flags import add_model_flags, number, pick_device, pick_dtype
 from appendix.hub import find, newest_checkpoint
 from appendix.memory import announce, count
 from load_weights import load
-from loopus import RULES, cache_bytes
+from loopus import PROBABILITIES, RULES, THRESHOLDS, cache_bytes
 
 PROMPT = "The capital of France is"
-THRESHOLDS = {"convergence": 10.0, "kl": 0.01}  # where a rule is not about the confidence
 # colours of a terminal, (background, text), from few loops to many
 SHADES = ((231, 16), (195, 16), (153, 16), (111, 16), (69, 231), (27, 231), (20, 231), (17, 231))
 
@@ -154,7 +153,7 @@ def parse_args():
         help="compile decoding: a minute or more at first, then faster; the same tokens",
     )
     args = parser.parse_args()
-    if args.halt in ("confidence", "cdf") and args.threshold is not None and args.threshold > 1:
+    if args.halt in PROBABILITIES and args.threshold is not None and args.threshold > 1:
         parser.error(f"--threshold {args.threshold}: expected 0 to 1 with --halt {args.halt}")
     return args
 
@@ -252,7 +251,7 @@ def continue_prompt(args, model, tokenizer, options):
 
     split = (model.config.encoder_layers, model.config.decoder_layers)
     base, _ = load(base_name, split=split, device=weight.device, dtype=weight.dtype)
-    base.reasoning.gate.A_log.data.fill_(-torch.inf)  # α = 1: a loop is the pretrained block itself
+    base.reasoning.gate.open_fully()
     print(f"\npretrained ({base_name}):\n{args.prompt}", end="", flush=True)
     steps = base.generate(ids, args.max_new_tokens, budget=1, halt="none", **drawing)
     stream(steps, tokenizer, prompt, 1, False)

@@ -4,9 +4,9 @@
     python train.py --model DIR --data text.jsonl
     torchrun --nproc_per_node 8 train.py --model …      data parallel: gradients are averaged
 
-The method is `training_step`, in the first half of this file: of B loops K are drawn at random, and
-each of these is supervised by the three losses of loopus.py's opening. The second half is an
-ordinary training loop around it: `fit`, in the order of time.
+The method is `training_step`, in the first half of this file: of B loops some are drawn at random
+(--supervised), and each of these is supervised by the three losses of loopus.py's opening. The
+second half is an ordinary training loop around it: `fit`, in the order of time.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import tiny
 from appendix import data, parallel, resume
 from appendix.chunks import in_chunks, logits_at_once
-from appendix.errors import InputError, live, require, run_main, say
+from appendix.errors import InputError, require, run_main, say, say_over
 from appendix.fast import checkpoint_activations, compile_layers, require_compiler
 from appendix.flags import add_model_flags, number, pick_device, pick_dtype
 from appendix.hub import PRESETS
@@ -60,7 +60,7 @@ def next_token_loss(model, h, targets):
 
     x = model.decoder.layers(h, model.span(h.shape[1]))
     loss, right = in_chunks(token_losses, x, targets, model.config.vocab_size)  # (N, T) each
-    counted = (targets >= 0).sum(1)
+    counted = (targets >= 0).sum(1).clamp(min=1)
     return loss.sum(1) / counted, right.sum(1) / counted
 
 
@@ -68,10 +68,10 @@ def training_step(model, ids, loops, supervised, scale=1.0, targets=None, horizo
     """Run up to `loops` loops on ids (N, T); at each index in `supervised` (from 0) take the loop's
     losses and add their gradient to .grad.
 
-    In all that is scale / len(supervised) times the sum over supervised loops of the batch mean of
-    L_LM + L_mono + L_Q, each taken per sequence. The gradient of a supervised loop passes back
-    through `horizon` loops, itself included, but never past the supervised loop before it, and
-    never into the encoder. horizon 1 is the paper's: no gradient crosses a loop.
+    What is added is the gradient of `scale` times the mean, over supervised loops and sequences, of
+    L_LM + L_mono + L_Q. The gradient of a supervised loop passes back through `horizon` loops,
+    itself included, but never past the supervised loop before it, and never into the encoder.
+    horizon 1 is the paper's: no gradient crosses a loop.
     targets (N, T), -100 where no loss is taken (None: the next tokens of ids).
     -> a record of floats for each supervised loop: loop, lm, mono, q
     """
@@ -91,15 +91,15 @@ def training_step(model, ids, loops, supervised, scale=1.0, targets=None, horizo
                 h, _ = model.loop(h)  # hᵇ⁺¹, eq. 2-5
             continue
         with torch.no_grad():
-            lm_before, _ = next_token_loss(model, h, targets)  # of D(hᵇ); at b = 0 of D(h⁰)
-        h, q_logit = model.loop(h)
+            lm_before, _ = next_token_loss(model, h, targets)  # of D(hᵇ), at b = 0 without any loop
+        h, q_logit = model.loop(h)  # the gradient of q reaches M through δ
         lm, accuracy = next_token_loss(model, h, targets)  # eq. 11
         mono = F.silu(lm - lm_before)  # eq. 12: lm_before is a constant
-        accuracy = accuracy.to(q_logit.dtype)
+        accuracy = accuracy.to(q_logit.dtype)  # of an argmax, so without a gradient
         loss_q = F.binary_cross_entropy_with_logits(q_logit, accuracy, reduction="none")  # eq. 13
         loss = (lm + mono + loss_q).mean()  # eq. 10
         (loss * (scale / len(supervised))).backward()
-        h = h.detach()
+        h = h.detach()  # no later loss reaches this loop
         losses.append(torch.stack([lm.mean(), mono.mean(), loss_q.mean()]).detach())
     records = []
     for b, (lm, mono, q) in zip(sorted(supervised), torch.stack(losses).tolist(), strict=True):
@@ -125,7 +125,8 @@ def evaluate(model, held_out, batch_size, plain, budgets=BUDGETS):
     plain: of the backbone's one ungated pass, as "plain"; else at each of the budgets.
     """
     sums = dict.fromkeys(["plain"] if plain else [str(b) for b in budgets], 0.0)
-    for ids, targets in zip(*(rows.split(batch_size) for rows in held_out), strict=True):
+    all_ids, all_targets = (rows.split(batch_size) for rows in held_out)
+    for ids, targets in zip(all_ids, all_targets, strict=True):
         h = model.encode(ids)
         if plain:
             lm, _ = next_token_loss(model, model.pretrained_loop(h), targets)
@@ -149,8 +150,9 @@ def parse_args():
     )
     add_recipe_flags(parser)
     add_run_flags(parser)
-    asked, _ = parser.parse_known_args()
-    if asked.model == "tiny":
+    first_look = argparse.ArgumentParser(add_help=False)
+    first_look.add_argument("--model", default="tiny")
+    if first_look.parse_known_args()[0].model == "tiny":
         parser.set_defaults(**tiny.RECIPE)
     args = parser.parse_args()
     check_flags(parser, args)
@@ -350,16 +352,33 @@ def training_data(args, tokenizer, position):
     return held_out, itertools.chain([first], stream)
 
 
+def next_batches(run, batches):
+    """The batches [(ids, targets)] of one optimizer step, and the position in the data behind them.
+
+    InputError, in all processes, if the data of one end in an error: a lost network, say.
+    """
+    drawn = []
+    error = None
+    try:
+        for _ in range(run.args.accumulate):
+            batch, position = next(batches)
+            drawn.append(batch)
+    except InputError as found:
+        error = found
+    if parallel.anywhere(error is not None, run.device):
+        raise error or InputError("the data of another process ended in an error")
+    return drawn, position
+
+
 def optimizer_step(run, lr, batches, choice):
-    """One step of the optimizer: -> mean losses (lm, mono, q), norm of the gradient, tokens of all
-    processes, and the position in the data behind them."""
+    """One step of the optimizer -> mean losses (lm, mono, q), norm of the gradient, tokens."""
     args = run.args
     share = 1 / args.accumulate
     records = []
     tokens = 0
-    for _ in range(args.accumulate):
-        batch, position = next(batches)
-        ids, targets = (x.to(run.device) for x in batch)
+    for ids, targets in batches:
+        ids = ids.to(run.device)
+        targets = targets.to(run.device)
         tokens += ids.numel() * parallel.world()
         if args.control:
             records += control_step(run.model, ids, share, targets)
@@ -373,7 +392,7 @@ def optimizer_step(run, lr, batches, choice):
     parallel.average([losses])
     run.optimizer.param_groups[0]["lr"] = lr
     norm = update(run.pairs, run.optimizer, args.clip)  # averages the gradients over processes
-    return losses.tolist(), norm, tokens, position
+    return losses.tolist(), norm, tokens
 
 
 def report_held_out(run, held_out, progress, log):
@@ -383,7 +402,10 @@ def report_held_out(run, held_out, progress, log):
         found = {"control": found["plain"]}
     losses = {"pretrained": progress.pretrained} | found
     log.write({"step": progress.step, "eval": losses})
-    words = [f"{'budget ' * name.isdigit()}{name} {loss:.3f}" for name, loss in losses.items()]
+    words = []
+    for name, loss in losses.items():
+        label = f"budget {name}" if name.isdigit() else name
+        words.append(f"{label} {loss:.3f}")
     say("      held-out loss  " + "  ".join(words))
     require(
         all(math.isfinite(loss) for loss in losses.values()),
@@ -408,6 +430,7 @@ def save_checkpoint(run, progress):
 
 # ---- the training loop: what it prints -----------------------------------------------------------
 
+# lm, mono and q are L_LM, L_mono and L_Q, means over the supervised loops; loss is their sum
 HEAD = "  step    loss      lm    mono       q      norm        lr   tokens  tok/s      ETA"
 
 
@@ -464,7 +487,7 @@ def print_step(record, args, spent):
     elif step in (1, args.steps) or step % args.eval_every == 0:
         say(line)
     elif sys.stdout.isatty():
-        live(line)
+        say_over(line)
     elif step % max(1, args.steps // 20) == 0:
         say(line)
 
@@ -474,7 +497,6 @@ def print_step(record, args, spent):
 
 def fit(args, device):
     """Train as the flags say, the backbone plainly if args.control; -> the trained model."""
-    # May one write into the folder, and does a run in it go on? Then the model, then the data.
     kind = "control" if args.control else "step"
     tiny_again = args.model == "tiny"  # a finished run of the tiny world gives its table again
     progress, checkpoint = parallel.from_first(
@@ -485,7 +507,7 @@ def fit(args, device):
     held_out, batches = training_data(args, run.tokenizer, progress.data)
     held_out = [x.to(run.device) for x in held_out]
     choice = progress.generator(args.seed)  # the same supervised loops in every process
-    log = resume.Log(args.out, progress.step)
+    log = resume.Log(args.out, progress.step if checkpoint else None)
     say(describe(run))
     if checkpoint is None:
         plain = evaluate(run.model, held_out, args.batch_size, plain=True)["plain"]
@@ -494,22 +516,23 @@ def fit(args, device):
     say(HEAD)
 
     caught = resume.catch_signals()
-    bad = 0  # steps in a row whose gradient was not finite
     for step in range(progress.step + 1, args.steps + 1):
         before = time.perf_counter()
         lr = learning_rate(step - 1, args.steps, args.lr, args.warmup)
         try:
-            losses, norm, tokens, position = optimizer_step(run, lr, batches, choice)
-        except InputError:  # the data ended in an error, a lost network say: keep what was trained
+            drawn, position = next_batches(run, batches)
+        except InputError:  # keep what was trained
             save_checkpoint(run, progress)
             raise
-        bad = 0 if math.isfinite(norm) else bad + 1
+        losses, norm, tokens = optimizer_step(run, lr, drawn, choice)
+        finite = math.isfinite(norm)
         progress = replace(
             progress,
             step=step,
             tokens=progress.tokens + tokens,
             spent=progress.spent + time.perf_counter() - before,
-            skipped=progress.skipped + min(bad, 1),
+            bad=0 if finite else progress.bad + 1,
+            skipped=progress.skipped + (not finite),
             data=position,
             choice=choice.getstate(),
         )
@@ -517,7 +540,7 @@ def fit(args, device):
         log.write(record)
         print_step(record, args, progress.spent)
         require(
-            bad < PATIENCE,
+            progress.bad < PATIENCE,
             f"step {step}: the gradient was not finite {PATIENCE} times in a row; "
             f"{resume.newest(args.out, kind)}; try a smaller --lr",
         )
@@ -525,7 +548,7 @@ def fit(args, device):
         if due:
             report_held_out(run, held_out, progress, log)
         stop = parallel.anywhere(bool(caught), run.device)  # a signal, in any process
-        if due or (stop and not bad):
+        if due or stop:
             save_checkpoint(run, progress)
         if stop and (step < args.steps or tiny_again):
             say("stopped; the same command with --resume goes on from here")

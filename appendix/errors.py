@@ -100,9 +100,6 @@ def say(words, end="\n"):
         without_stdout()
 
 
-def live(words):
+def say_over(words):
     """In a terminal, print a line that the next one is written over."""
     say(words, end="")
-
-
-run = run_main

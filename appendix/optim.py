@@ -18,8 +18,11 @@ def fp32_masters(model, dtype):
     """
     pairs = {}
     for name, p in model.named_parameters():
-        if name.startswith("encoder."):
+        if name.startswith("encoder."):  # frozen: no master
             p.requires_grad_(False)
+            if not is_sharded(p):
+                p.data = p.data.to(dtype)
+            continue
         if is_sharded(p):  # fp32 already; this process's part is the master
             master = nn.Parameter(own_part(p).detach())
         elif dtype == torch.float32 or name.startswith(ADDED):
@@ -28,10 +31,8 @@ def fp32_masters(model, dtype):
         else:
             master = nn.Parameter(p.detach().float())
             p.data = p.data.to(dtype)
-            if p.requires_grad:
-                move_gradients(p, master)
-        if p.requires_grad:
-            pairs[name] = (p, master)
+            move_gradients(p, master)
+        pairs[name] = (p, master)
     return pairs
 
 

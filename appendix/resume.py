@@ -34,6 +34,7 @@ class Progress:
     tokens: int = 0  # trained on
     spent: float = 0.0  # seconds of training
     skipped: int = 0  # steps whose gradient was not finite
+    bad: int = 0  # of them, those in a row up to now
     data: object = None  # the position in the data (JSON), None: its beginning
     choice: object = None  # state of the generator that draws the supervised loops
     pretrained: float | None = None  # held-out loss of the model before training
@@ -55,7 +56,7 @@ def run_flags(args):
 def step_of(path):
     """The step of a checkpoint's folder, kind-000123 -> 123; -1 for another name."""
     number = path.name.rpartition("-")[2]
-    return int(number) if number.isdigit() else -1
+    return int(number) if number.isdecimal() else -1
 
 
 def checkpoints(out, kind):
@@ -78,10 +79,10 @@ def open_run(out, kind, flags, resume, restart=False):
     finished run of the tiny world is given again, for its table).
     """
     other = "step" if kind == "control" else "control"
-    without = "out" if kind == "control" else ""
+    how = "without" if kind == "control" else "with"
     require(
         not any(out.glob(f"{other}-*")),
-        f"--out {out}: holds a run already, with{without} --control; choose another folder",
+        f"--out {out}: holds a run already, {how} --control; choose another folder",
     )
     log_exists = (out / "log.jsonl").exists()
     checkpoint = None
@@ -115,7 +116,7 @@ def last_whole_checkpoint(out, kind, flags):
             os.replace(path, path.with_name(f"broken-{path.name}"))
             continue
         for name, value in flags.items():
-            trained = state["flags"].get(name)
+            trained = state["flags"].get(name, value)  # a flag that is newer than the checkpoint
             flag = name.replace("_", "-")
             require(
                 trained == value,
@@ -130,11 +131,12 @@ def last_whole_checkpoint(out, kind, flags):
 def read_progress(state):
     """The Progress in a trainer.json. InputError where it is none."""
     require(isinstance(state.get("flags"), dict), "trainer.json holds no flags")
-    found = {}
+    found = {"bad": state.get("bad", 0)}  # which checkpoints did not always have
     for field in fields(Progress):
-        require(field.name in state, f"trainer.json holds no {field.name}")
-        found[field.name] = state[field.name]
-    for name in ("step", "tokens", "skipped"):
+        if field.name not in found:
+            require(field.name in state, f"trainer.json holds no {field.name}")
+            found[field.name] = state[field.name]
+    for name in ("step", "tokens", "skipped", "bad"):
         require(
             type(found[name]) is int and found[name] >= 0,
             f"trainer.json: {name} is {found[name]!r}, expected a whole number",
@@ -207,8 +209,8 @@ def restore(checkpoint, pairs, optimizer):
 
 
 class Log:
-    """A run's log.jsonl, opened to go on after `step`; what was logged later is cut off. Written by
-    process 0, a JSON object a line; numbers that are not finite become null."""
+    """A run's log.jsonl, opened to go on after `step` (None: anew); what was logged later is cut
+    off. Written by process 0, a JSON object a line; numbers that are not finite become null."""
 
     def __init__(self, out, step):
         if rank() > 0:
@@ -218,7 +220,7 @@ class Log:
         kept = []
         try:
             out.mkdir(parents=True, exist_ok=True)
-            if step and path.exists():
+            if step is not None and path.exists():
                 for line in path.read_text(encoding="utf-8").splitlines():
                     if line.endswith("}") and json.loads(line)["step"] <= step:
                         kept.append(line + "\n")
