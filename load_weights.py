@@ -560,7 +560,7 @@ def print_continuation(model, tokenizer, prompt):
     how = f"{budget} loops"
     if not model.config.from_checkpoint:
         # One loop with a gate that is wide open (α = 1) is the backbone as it was pretrained.
-        model.reasoning.gate.A_log.data.fill_(-torch.inf)
+        model.reasoning.gate.open_fully()
         budget = 1
         how = "the backbone, without the gate"
     steps = model.generate(torch.tensor([ids]), 12, budget=budget, halt="none", temperature=0)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import tiny
 from appendix import data, parallel, resume
 from appendix.chunks import in_chunks, logits_at_once
-from appendix.errors import InputError, require, run_main, say, say_over
+from appendix.errors import InputError, first_line, require, run_main, say, say_over
 from appendix.fast import checkpoint_activations, compile_layers, require_compiler
 from appendix.flags import add_model_flags, number, pick_device, pick_dtype
 from appendix.hub import PRESETS
@@ -564,13 +564,24 @@ def main():
     device = pick_device(args.device)
     if args.compile:
         require_compiler(device)
+    try:
+        train_as_asked(args, device)
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"out of memory ({first_line(error)}): take --checkpoint-activations, a smaller "
+            "--batch-size with a larger --accumulate, or a smaller --seq-len"
+        ) from None
+    parallel.leave(0)
+
+
+def train_as_asked(args, device):
+    """One run; in the tiny world the control's behind it, and what came of both."""
     model = fit(args, device)
-    if args.model == "tiny" and not args.control:  # the control beside it, then what came of both
+    if args.model == "tiny" and not args.control:
         out = args.out
         args.control = True
         args.out = out / "control"
         tiny.report(model, fit(args, device), out)
-    parallel.leave(0)
 
 
 if __name__ == "__main__":

@@ -64,11 +64,11 @@ def announce(what, needs, device, advice):
     print(line, file=sys.stderr, flush=True)
 
 
-def training_needs(config, dtype, tokens, chunk, checkpointing=False, shards=1):
+def training_needs(config, dtype, tokens, chunk, checkpointing=False, shards=1, horizon=1):
     """About the bytes that a training step needs on each of `shards` devices, by what they are for.
 
     tokens: of one training_step. chunk: logits that are in memory together. checkpointing: of
-    activations (train.py --checkpoint-activations).
+    activations (train.py --checkpoint-activations). horizon: loops that a gradient passes through.
     """
     every, frozen = count(config)
     fp32 = dtype == torch.float32
@@ -81,7 +81,7 @@ def training_needs(config, dtype, tokens, chunk, checkpointing=False, shards=1):
     state = 12 if fp32 or shards > 1 else 16
     # Numbers that one layer keeps of one token for the gradient, counted with autograd's hooks.
     kept = (9 if fp32 else 13) * config.hidden_size + 4 * config.intermediate_size
-    layers = config.reasoning_layers + config.decoder_layers
+    layers = config.reasoning_layers * horizon + config.decoder_layers
     activations = layers * kept
     if checkpointing:  # the input of every layer, and one layer at a time in full
         activations = layers * config.hidden_size + kept
@@ -103,7 +103,7 @@ def announce_training(args, config, dtype, device, world, chunk):
         tokens = args.batch_size * args.seq_len // share
         if shards is None:
             shards = world if args.shard else 1
-        return training_needs(config, dtype, tokens, chunk, checkpointing, shards)
+        return training_needs(config, dtype, tokens, chunk, checkpointing, shards, args.horizon)
 
     def size(**changes):
         return f"{sum(needs(**changes).values()) / 1e9:.1f} GB"

@@ -164,3 +164,21 @@ def test_the_log_holds_json_and_nothing_else(tmp_path):
 
     record = json.loads(line, parse_constant=refuse)
     assert record == {"step": 1, "loss": None, "norm": None, "eval": {"1": None}}
+
+
+def test_a_device_that_is_full_is_one_line_that_says_what_to_do(backbone, corpus, tmp_path):
+    """The error that torch raises on a GPU, raised while the model is loaded."""
+    code = (
+        "import runpy, sys, torch\n"
+        "sys.argv = sys.argv[1:]\n"
+        "sys.path.insert(0, sys.argv[0].rsplit('/', 1)[0])\n"
+        "import load_weights\n"
+        "def full(*args, **kwargs):\n"
+        "    raise torch.OutOfMemoryError('Tried to allocate 2.00 GiB.')\n"
+        "load_weights.load_model = full\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    flags = ["--model", backbone, "--data", corpus, "--out", tmp_path / "run", *RECIPE]
+    command = [sys.executable, "-c", code, str(ROOT / "train.py"), *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    refused(done, "out of memory", "2.00 GiB", "--checkpoint-activations")

@@ -515,7 +515,9 @@ def test_what_does_not_fit_is_said_with_what_would(monkeypatch, capsys, free, fi
     """TinyLlama's shape: what its parts need, beside what is free, and what each flag would do."""
     config = LoopUSConfig(num_key_value_heads=4)
     chunk = 3 * 2**24
-    args = argparse.Namespace(batch_size=4, seq_len=1024, checkpoint_activations=False, shard=False)
+    args = argparse.Namespace(
+        batch_size=4, seq_len=1024, checkpoint_activations=False, shard=False, horizon=1
+    )
     monkeypatch.setattr(memory, "free_memory", lambda device: free)
     cpu = torch.device("cpu")
     advice = memory.announce_training(args, config, torch.bfloat16, cpu, world=1, chunk=chunk)
