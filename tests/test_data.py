@@ -342,8 +342,9 @@ def test_a_panic_of_tiktoken_is_raised_too():
 
 def test_ctrl_c_works_while_one_waits_for_the_thread():
     code = (
-        "import time\n"
+        "import signal, time\n"
         "from appendix.data import ahead\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # where a shell ignores it
         "def stream():\n"
         "    yield 1\n"
         "    time.sleep(1000)\n"
@@ -359,5 +360,8 @@ def test_ctrl_c_works_while_one_waits_for_the_thread():
     ) as waiting:
         assert waiting.stdout.readline() == "waiting\n"
         waiting.send_signal(signal.SIGINT)
-        _, errors = waiting.communicate(timeout=20)
+        try:
+            _, errors = waiting.communicate(timeout=20)
+        finally:
+            waiting.kill()
     assert "KeyboardInterrupt" in errors and waiting.returncode != 0

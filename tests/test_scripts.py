@@ -95,11 +95,16 @@ def test_a_text_longer_than_the_context_slides(checkpoint):
     assert "attends to the last 20" in done.stderr
 
 
+def heed_interrupts():
+    """In a child: Ctrl-C is heard, also where the shell that started the tests ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_keeps_what_was_generated_and_prints_the_summary(checkpoint):
     options = flags("--max-new-tokens 1000000 --temperature 1 --seed 3 --halt none")
     command = command_line("sample.py", "--model", checkpoint, "--prompt", "the gate", *options)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes, env=environment()) as running:
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": heed_interrupts}
+    with subprocess.Popen(command, **how, env=environment()) as running:
         first = running.stdout.read(60)  # some tokens are out
         running.send_signal(signal.SIGINT)
         rest, errors = running.communicate(timeout=60)
