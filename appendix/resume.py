@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, fields
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from appendix.errors import InputError, require, say
+from appendix.errors import InputError, first_line, require, say
 from appendix.files import read_json, sha256, write_text
 from appendix.parallel import part_of, rank, whole
 
@@ -43,8 +43,13 @@ class Progress:
         """The generator that draws the supervised loops, where this run left it."""
         generator = random.Random(seed)
         if self.choice is not None:
-            version, state, gauss = self.choice
-            generator.setstate((version, tuple(state), gauss))
+            try:
+                version, state, gauss = self.choice
+                generator.setstate((version, tuple(state), gauss))
+            except (TypeError, ValueError, OverflowError) as error:
+                raise InputError(
+                    f"trainer.json: choice is no generator's state ({error})"
+                ) from None
         return generator
 
 
@@ -197,12 +202,23 @@ def write_trainer_state(directory, state, progress, flags):
 
 def restore(checkpoint, pairs, optimizer):
     """Put a checkpoint's masters and moments back."""
-    state = load_file(checkpoint / "trainer.safetensors")
+    path = checkpoint / "trainer.safetensors"
+    try:
+        state = load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{path}: not readable ({first_line(error):.200}); take another") from None
     for name, (p, master) in pairs.items():
         moments = {}
         for key in ("master", "step", "exp_avg", "exp_avg_sq"):
-            if f"{name}.{key}" in state:
-                moments[key] = part_of(p, state[f"{name}.{key}"]).to(master.device)
+            if f"{name}.{key}" not in state:
+                continue
+            x = state[f"{name}.{key}"]
+            expected = () if key == "step" else tuple(p.shape)
+            require(
+                x.shape == expected,
+                f"{path}: {name}.{key} has shape {tuple(x.shape)}, expected {expected}",
+            )
+            moments[key] = part_of(p, x).to(master.device)
         if "master" in moments:
             master.data.copy_(moments.pop("master"))
         optimizer.state[master] = moments
@@ -226,7 +242,7 @@ class Log:
                         kept.append(line + "\n")
             write_text(path, "".join(kept))
             self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (until the run ends)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"--out {out}: log.jsonl is not usable ({error})") from None
 
     def write(self, record):
