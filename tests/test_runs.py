@@ -248,7 +248,7 @@ def test_a_killed_run_goes_on_bit_for_bit(trained, backbone, corpus, tmp_path, n
         with subprocess.Popen(command_line(*command), **pipes, env=environment()) as running:
             read_to(running, "  step ")  # the table's head: steps and saves are next
             try:
-                code = running.wait(timeout=generator.uniform(0, 1))
+                code = running.wait(timeout=generator.uniform(0, 0.3))
                 assert code == 0, running.stderr.read()
             except subprocess.TimeoutExpired:
                 running.kill()
