@@ -13,7 +13,6 @@ at which this machine reads 1 GiB in the same rounds. transformers, where instal
 Reading order: how time is taken, who takes part, five tables of decoding, training, the command.
 """
 
-import argparse
 import copy
 import functools
 import importlib.util
@@ -39,7 +38,7 @@ from appendix.fast import (
     split_single_token_products,
 )
 from appendix.files import write_text
-from appendix.flags import DTYPES, number, pick_device, pick_dtype
+from appendix.flags import DTYPES, FlagParser, number, pick_device, pick_dtype
 from appendix.memory import keep_freed_memory
 from appendix.optim import fp32_masters, update
 from load_weights import backbone_name, load
@@ -672,10 +671,7 @@ def add_training_flags(parser):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description="Time decoding beside its bound, or training, and their peers.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = FlagParser("Time decoding beside its bound, or training, and their peers.")
     add = parser.add_argument
     add("what", nargs="?", choices=["decode", "train"], default="decode")
     add("--model", help="directory or hub id; default: random weights of --shape")

@@ -16,7 +16,6 @@ gives, and there may be no other: a model without some of its parts talks nonsen
 of it.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -29,7 +28,7 @@ from safetensors.torch import save_file
 from appendix.errors import InputError, require, run_main
 from appendix.fast import split_single_token_products
 from appendix.files import read_json, shorten, write_bytes, write_text, write_whole
-from appendix.flags import parse_split
+from appendix.flags import FlagParser, parse_split
 from appendix.hub import EMBEDDED, PRESETS, find, public_name
 from appendix.memory import build_empty, count_parameters
 from appendix.tensors import (
@@ -479,9 +478,7 @@ def save(model, tokenizer, directory, tensors=None):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description="Load a model, print what was found, and continue one prompt."
-    )
+    parser = FlagParser("Load a model, print what was found, and continue one prompt.")
     parser.add_argument(
         "directory",
         nargs="?",

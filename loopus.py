@@ -62,6 +62,7 @@ from itertools import zip_longest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from appendix.errors import InputError, require, require_memory
 
@@ -159,6 +160,25 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, swapped, sin)  # x · cos + swapped · sin
 
 
+def attend(q, k, v, mask):
+    """Each of q (N, H, T, K) attends to its group's k and v (N, G, S, K) -> (N, H, T, K).
+
+    mask (N or 1, 1, T, S), True: may attend. None: the last token sees all, the others what is
+    causal.
+    """
+    N, H, T, K = q.shape
+    G = k.shape[1]
+    if T == 1:  # a group's queries in place of tokens: any kernel takes that, and k is read once
+        y = F.scaled_dot_product_attention(q.view(N, G, H // G, K), k, v, mask)
+        return y.view(N, H, T, K)
+    if q.is_cuda and (mask is not None or q.dtype == torch.float32):
+        # No fused kernel takes groups here, and the plain one would make all T x S scores.
+        k = k.repeat_interleave(H // G, dim=1)  # (N, H, S, K)
+        v = v.repeat_interleave(H // G, dim=1)
+    causal = mask is None
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; Qwen3 also normalises queries and keys."""
 
@@ -188,8 +208,7 @@ class Attention(nn.Module):
         k = rotate(k, span.cos, span.sin)
         if cache is not None:
             k, v = cache.update(k, v, span)  # (N, G, S, K): the earlier tokens' too
-        causal = span.mask is None and T > 1
-        y = F.scaled_dot_product_attention(q, k, v, span.mask, is_causal=causal, enable_gqa=True)
+        y = attend(q, k, v, span.mask)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -443,9 +462,9 @@ class Step:
 class Loop:
     """One loop of a pass, as a stopping rule sees it: the last token of each row."""
 
-    confidence: torch.Tensor  # (N,) q, eq. 9
-    doubt: torch.Tensor  # (N,) Π (1 − qʲ) over the loops so far
-    moved: torch.Tensor  # (N,) ‖hᵇ − hᵇ⁻¹‖₂
+    confidences: list  # of (N,): q (eq. 9) after each loop so far
+    new: torch.Tensor  # (N, T, D) hᵇ, and what it came from:
+    old: torch.Tensor  # (N, T, D) hᵇ⁻¹
     decode: Callable[[], torch.Tensor]
 
     @cached_property
@@ -467,30 +486,22 @@ def continue_plainly(model, ids, max_new_tokens, stopping, draw, eos_ids, window
     for _ in range(max_new_tokens):
         span = model.span(ids.shape[1], window)
         h = model.encoder(ids, span)
-        doubt = 1.0
-        loops = 0
+        confidences = []
         before = None
         for _ in range(stopping.budget):
             new, delta = model.reasoning(h, span)
-            q = model.q_logit(delta).sigmoid()
-            doubt = doubt * (1 - q)
-            loop = Loop(q, doubt, distance(new, h), partial(model.decoder.last, new, span))
+            confidences.append(model.q_logit(delta).sigmoid())
+            loop = Loop(confidences, new, h, partial(model.decoder.last, new, span))
             h = new
-            loops += 1
             if stopping.rule(loop, before, stopping.threshold).item():
                 break
             before = loop
         check_finite(loop.logits)
         token = draw(loop.logits)  # (1,)
-        yield Step(token, torch.full_like(token, loops), q)
+        yield Step(token, torch.full_like(token, len(confidences)), confidences[-1])
         if token.item() in eos_ids:
             return
         ids = torch.cat((ids, token[:, None]), dim=1)
-
-
-def distance(new, old):
-    """How far the last token's state moved: two of (N, T, D) -> (N,)."""
-    return (new - old)[:, -1].float().norm(dim=-1)
 
 
 def check_finite(logits):
@@ -546,22 +557,24 @@ class Sampler:
 
 def never(loop, before, threshold):
     """Exactly the budget."""
-    return torch.zeros_like(loop.confidence, dtype=torch.bool)
+    return torch.zeros_like(loop.confidences[-1], dtype=torch.bool)
 
 
 def confident(loop, before, threshold):
     """The head is sure enough (eq. 9)."""
-    return loop.confidence >= threshold
+    return loop.confidences[-1] >= threshold
 
 
 def confident_by_now(loop, before, threshold):
     """The chance that at least one loop so far was good enough, were they independent (App. E)."""
-    return 1 - loop.doubt >= threshold
+    doubt = (1 - torch.stack(loop.confidences)).prod(0)  # Π (1 − qʲ)
+    return 1 - doubt >= threshold
 
 
 def converged(loop, before, threshold):
     """The state hardly moves any more (App. E)."""
-    return loop.moved <= threshold
+    moved = (loop.new[:, -1] - loop.old[:, -1]).float()  # hᵇ − hᵇ⁻¹ of the last token, (N, D)
+    return moved.norm(dim=-1) <= threshold
 
 
 def same_argmax(loop, before, threshold):
@@ -703,16 +716,18 @@ def cache_bytes(config, depths, dtype):
 # ---- generation with a cache ---------------------------------------------------------------------
 
 
-def cached_span(model, cache, start, T, pads, window):
-    """The T tokens in the columns from `start` on. pads (N,): how many of a row's first columns are
-    padding; None: none anywhere."""
-    weight = model.decoder.norm.weight
-    columns = torch.arange(start, start + T, device=weight.device)
+def cached_span(cache, angles, start, T, pads, window):
+    """The T tokens in the columns from `start` on.
+
+    angles: cosines and sines of all positions, (columns, K) each. pads (N,): how many of a row's
+    first columns are padding; None: none anywhere.
+    """
+    columns = torch.arange(start, start + T, device=angles[0].device)
     visible = cache.visible(start, T, window)
     positions = columns[None]
     if pads is not None:
         positions = (columns - pads[:, None]).clamp(min=0)  # (N, T)
-    cos, sin = rotary_angles(positions[:, None], model.config, weight.dtype)
+    cos, sin = (table[positions][:, None] for table in angles)  # (N or 1, 1, T, K) each
 
     # No mask is needed where the columns that may be seen end with these tokens and the window
     # hides none of them: for one token, or for a prompt, which Attention then makes causal.
@@ -720,7 +735,7 @@ def cached_span(model, cache, start, T, pads, window):
     in_window = T == 1 or (start == 0 and window >= T)
     mask = None
     if pads is not None or not (ends_here and in_window):
-        seen = torch.arange(visible.start, visible.stop, device=weight.device)
+        seen = torch.arange(visible.start, visible.stop, device=columns.device)
         mask = sees(columns, seen, window)[None]  # (1, T, S)
         if pads is not None:
             no_pad = seen >= pads[:, None, None]
@@ -728,6 +743,11 @@ def cached_span(model, cache, start, T, pads, window):
             mask = mask & (no_pad | itself)  # (N, T, S)
         mask = mask[:, None]
     return Span(cos, sin, mask, columns, visible)
+
+
+# The kernels of attention for generation: all but cuDNN's, which makes a new plan for every length
+# of the text.
+GENERATING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def think(model, ids, span, cache, live, stopping):
@@ -738,21 +758,22 @@ def think(model, ids, span, cache, live, stopping):
     -> logits (N, V), loops (N,), q (N,)
     """
     h = model.encoder(ids, span, cache.encoder)
-    q = torch.zeros(len(ids), device=h.device)
-    doubt = torch.ones(len(ids), device=h.device)
+    confidences = []
     loops = torch.zeros(len(ids), dtype=torch.long, device=h.device)
     before = None
     running = live.tolist()  # waits for the device, as check_finite and the test for the end do
     for b in range(stopping.budget):
         span.live = None if all(running) else live  # only live rows write to M's cache
         new, delta = model.reasoning(h, span, cache.loop(b))
-        span.live = None
-        moved = distance(new, h)
-        h = torch.where(live[:, None, None], new, h)
-        q = torch.where(live, model.q_logit(delta).sigmoid(), q)
-        doubt = torch.where(live, doubt * (1 - q), doubt)
+        q = model.q_logit(delta).sigmoid()
+        if span.live is not None:
+            new = torch.where(live[:, None, None], new, h)
+            q = torch.where(live, q, confidences[-1] if confidences else 0.0)
+            span.live = None
+        confidences.append(q)
         loops = loops + live
-        loop = Loop(q, doubt, moved, partial(model.decoder.last, h, span, cache.decoder))
+        loop = Loop(confidences, new, h, partial(model.decoder.last, new, span, cache.decoder))
+        h = new
         if stopping.rule is not never and b + 1 < stopping.budget:
             live = live & ~stopping.rule(loop, before, stopping.threshold)
             running = live.tolist()  # the one wait for the device in each loop
@@ -771,12 +792,15 @@ def continue_with_cache(model, ids, pads, max_new_tokens, stopping, depths, draw
     """
     N, T = ids.shape
     cache = model.new_cache(N, T + max_new_tokens, depths)
+    positions = torch.arange(T + max_new_tokens, device=ids.device)
+    angles = rotary_angles(positions, model.config, model.decoder.norm.weight.dtype)
     ends = torch.tensor(eos_ids, device=ids.device)
     ended = torch.zeros(N, dtype=torch.bool, device=ids.device)
     start = 0
     for _ in range(max_new_tokens):
-        span = cached_span(model, cache, start, ids.shape[1], pads, window)
-        logits, loops, q = think(model, ids, span, cache, ~ended, stopping)
+        span = cached_span(cache, angles, start, ids.shape[1], pads, window)
+        with sdpa_kernel(GENERATING):
+            logits, loops, q = think(model, ids, span, cache, ~ended, stopping)
         check_finite(logits)
         tokens = torch.where(ended, ids[:, -1], draw(logits, range(N)))
         yield Step(tokens, loops, q)

@@ -6,7 +6,6 @@
 In a terminal every token stands on a shade that darkens with its loops.
 """
 
-import argparse
 import sys
 import time
 from collections import Counter
@@ -17,7 +16,7 @@ import torch
 import tiny
 from appendix.errors import InputError, require, run_main
 from appendix.fast import compile_decoding, require_compiler
-from appendix.flags import add_model_flags, number, pick_device, pick_dtype
+from appendix.flags import FlagParser, add_model_flags, number, pick_device, pick_dtype
 from appendix.hub import find, newest_checkpoint
 from appendix.memory import announce, count
 from load_weights import load
@@ -97,10 +96,7 @@ def summary(made, budget):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description="Continue a prompt with a looped model, and show the loops of each token.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = FlagParser("Continue a prompt with a looped model, and show the loops of each token.")
     add_model_flags(
         parser,
         "preset, directory or hub id (default: the newest checkpoint below out/, else the embedded "
@@ -112,7 +108,6 @@ def parse_args():
         help="default: problems of rising difficulty for a model of the tiny world, else "
         f'"{PROMPT}"',
     )
-    add("--special-tokens", action="store_true", help="read special tokens in the prompt as tokens")
     # how long to think
     add("--budget", type=number(int, 1), default=8, help="most loops a token may take")
     add("--halt", choices=RULES, default="confidence", help="when a token's loops end; none: never")

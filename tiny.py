@@ -32,7 +32,6 @@ What came of it. `python train.py` recasts the base and trains it with random de
 Reading order: top to bottom. The language, the base, what came of it, problems shown.
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -47,6 +46,7 @@ from torch import nn
 
 from appendix.errors import require, run_main
 from appendix.files import read_json, write_text, write_whole
+from appendix.flags import FlagParser
 from load_weights import backbone_name, load
 from loopus import ADDED, LoopUS, LoopUSConfig
 
@@ -316,7 +316,6 @@ RECIPE = {
     "warmup": 100,
     "gate_init": "open",
     "horizon": 4,
-    "threshold": 0.98,
     "eval_every": 150,
     "eval_sequences": 208,
     "dtype": "float32",
@@ -419,7 +418,7 @@ def print_table(shares, loops, correlation, threshold):
     print(f"{'':15}{heading}   mean  hard")
     means = hard(shares)
     for name, share in shares.items():
-        label = f"exit, q >= {threshold}" if name == "exit" else loops_label(name)
+        label = f"exit, q >= {threshold:.2f}" if name == "exit" else loops_label(name)
         mean = share.mean() * 100
         print(f"{label:15}{percent(share)}  {mean:5.1f} {means[name] * 100:5.1f}")
     cells = " ".join(f"{n:4.1f}" for n in loops)
@@ -492,9 +491,7 @@ def examples():
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Pretrain the tiny base (assets/tiny/base), or check the one that is shipped."
-    )
+    parser = FlagParser("Pretrain the tiny base (assets/tiny/base), or check the shipped one.")
     parser.add_argument(
         "--check", action="store_true", help="train for a moment and compare with the shipped base"
     )

@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from appendix import data, parallel, resume
 from appendix.chunks import in_chunks, logits_at_once
 from appendix.errors import InputError, first_line, require, run_main, say, say_over
 from appendix.fast import checkpoint_activations, compile_layers, require_compiler
-from appendix.flags import add_model_flags, number, pick_device, pick_dtype
+from appendix.flags import FlagParser, add_model_flags, number, pick_device, pick_dtype
 from appendix.hub import PRESETS
 from appendix.memory import announce_training, count, keep_freed_memory
 from appendix.optim import fp32_masters, learning_rate, update
@@ -35,6 +36,7 @@ from loopus import LoopUS
 
 BUDGETS = (1, 2, 4, 8)  # loops at which the held-out loss is taken
 FINEWEB = "HuggingFaceFW/fineweb-edu/data/CC-MAIN-2025-26"  # the paper's text, shard by shard
+COST = 0.005  # nats a token that leaving loops out may cost, half a percent of perplexity
 PATIENCE = 5  # steps in a row without a finite gradient before a run stops
 
 # ---- the method ----------------------------------------------------------------------------------
@@ -46,20 +48,28 @@ def next_tokens(ids):
     return torch.cat((ids[:, 1:], nothing), dim=1)
 
 
+def token_losses(model, h, targets):
+    """−log p(target) of every token under D(h), 0 for a target of -100, and is argmax D(h) right?
+
+    h (N, T, D), targets (N, T) -> nats (N, T), bool (N, T).
+    """
+
+    def losses(x, targets):  # (C, D), (C,), some of the tokens at a time
+        logits = model.decoder.logits(x)  # (C, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(logits, targets, reduction="none")
+        return loss, logits.argmax(-1) == targets
+
+    x = model.decoder.layers(h, model.span(h.shape[1]))
+    return in_chunks(losses, x, targets, model.config.vocab_size)
+
+
 def next_token_loss(model, h, targets):
     """L_LM of every sequence (eq. 11), and the share of its targets that argmax D(h) gets right.
 
     h (N, T, D), targets (N, T), -100 where no loss is taken -> nats a target (N,), share (N,).
     """
-
-    def token_losses(x, targets):  # (C, D), (C,), some of the tokens at a time
-        logits = model.decoder.logits(x)  # (C, V)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = F.cross_entropy(logits, targets, reduction="none")  # −log p(target); 0 for −100
-        return loss, logits.argmax(-1) == targets
-
-    x = model.decoder.layers(h, model.span(h.shape[1]))
-    loss, right = in_chunks(token_losses, x, targets, model.config.vocab_size)  # (N, T) each
+    loss, right = token_losses(model, h, targets)  # (N, T) each
     counted = (targets >= 0).sum(1).clamp(min=1)
     return loss.sum(1) / counted, right.sum(1) / counted
 
@@ -119,35 +129,80 @@ def control_step(model, ids, scale=1.0, targets=None):
 
 
 @torch.no_grad()
-def evaluate(model, held_out, batch_size, plain, budgets=BUDGETS):
-    """Held-out loss {name: nats a token} of (ids, targets), both (N, T).
+def sequence_losses(model, held_out, batch_size, plain, budgets=BUDGETS):
+    """Held-out loss of each sequence, {name: (N,) nats a token}, of (ids, targets), both (N, T).
 
     plain: of the backbone's one ungated pass, as "plain"; else at each of the budgets.
     """
-    sums = dict.fromkeys(["plain"] if plain else [str(b) for b in budgets], 0.0)
+    losses = {name: [] for name in (["plain"] if plain else map(str, budgets))}
     all_ids, all_targets = (rows.split(batch_size) for rows in held_out)
     for ids, targets in zip(all_ids, all_targets, strict=True):
         h = model.encode(ids)
         if plain:
             lm, _ = next_token_loss(model, model.pretrained_loop(h), targets)
-            sums["plain"] += lm.sum().item()
+            losses["plain"].append(lm)
             continue
         for b in range(1, max(budgets) + 1):
             h, _ = model.loop(h)
             if b in budgets:
                 lm, _ = next_token_loss(model, h, targets)
-                sums[str(b)] += lm.sum().item()
-    return {name: total / len(held_out[0]) for name, total in sums.items()}
+                losses[str(b)].append(lm)
+    return {name: torch.cat(found) for name, found in losses.items()}
+
+
+def evaluate(model, held_out, batch_size, plain, budgets=BUDGETS):
+    """Held-out loss {name: nats a token}: the means of `sequence_losses`."""
+    losses = sequence_losses(model, held_out, batch_size, plain, budgets)
+    return {name: found.double().mean().item() for name, found in losses.items()}
+
+
+@torch.no_grad()
+def follow_tokens(model, ids, targets, budget):
+    """Loss and confidence of every token that has a target, loop by loop: two of (budget, tokens).
+
+    q is taken at every token, as if generation stood there.
+    """
+    h = model.encode(ids)
+    span = model.span(ids.shape[1])
+    counted = targets >= 0
+    losses = []
+    confidences = []
+    for _ in range(budget):
+        h, delta = model.reasoning(h, span)
+        loss, _ = token_losses(model, h, targets)
+        losses.append(loss[counted])
+        confidences.append(model.q_head(delta).squeeze(-1)[counted].sigmoid())
+    return torch.stack(losses), torch.stack(confidences)
+
+
+def find_threshold(losses, confidences):
+    """The exit threshold (eq. 9) that needs the fewest loops on held-out text, at little cost.
+
+    How much of its text a model gets right, and so how high q can be, differs from model to model:
+    a fixed threshold may be reached at once or never. Here each token stops at the loop where its q
+    first reaches the threshold, at the last one at the latest. Of all thresholds whose mean loss is
+    at most COST nats above the best one's, that with the fewest loops is taken.
+    losses, confidences (budget, tokens) -> threshold, mean loops, mean loss
+    """
+    found = []
+    candidates = confidences.flatten().sort().values
+    for threshold in [*candidates[:: max(1, len(candidates) // 200)].tolist(), 1.0]:
+        enough = confidences >= threshold
+        enough[-1] = True
+        last = enough.int().argmax(0)  # the first loop that is enough, (tokens,)
+        loops = (last + 1).float().mean().item()
+        loss = losses.gather(0, last[None]).mean().item()
+        found.append((threshold, loops, loss))
+    best = min(loss for _, _, loss in found)
+    cheap = [entry for entry in found if entry[2] <= best + COST]
+    return min(cheap, key=itemgetter(1))
 
 
 # ---- the training loop: what the user asks for ---------------------------------------------------
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description="Recast a pretrained model and train it with random deep supervision.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = FlagParser("Recast a pretrained model and train it with random deep supervision.")
     add_recipe_flags(parser)
     add_run_flags(parser)
     first_look = argparse.ArgumentParser(add_help=False)
@@ -181,7 +236,6 @@ def add_recipe_flags(parser):
         "--eval-data", help="held-out text (default: the first sequences of --data, not trained on)"
     )
     add("--eval-sequences", type=number(int, 1), default=16, help="held-out sequences")
-    add("--special-tokens", action="store_true", help="read special tokens in the text as tokens")
     add("--seq-len", type=number(int, 2), default=1024, help="tokens of a sequence")
     # the recipe; the paper's: 3B tokens, about 26 sequences of 1024 a step
     add("--steps", type=number(int, 1), default=1000, help="optimizer steps")
@@ -201,8 +255,8 @@ def add_recipe_flags(parser):
     add(
         "--threshold",
         type=number(float, 0, 1),
-        default=0.6,
-        help="q_th, the exit threshold that is stored with the model",
+        help="q_th, the exit threshold that is stored with the model (default: found at each "
+        "evaluation; the paper's is 0.6)",
     )
     add("--gate-init", choices=["paper", "open"], default="paper", help="of a fresh recast's gate")
     add("--control", action="store_true", help="train the backbone plainly instead, as a control")
@@ -302,7 +356,8 @@ def load_run(args, checkpoint, device):
             "own layers run once, ungated"
         )
     config.loops = args.loops
-    config.exit_threshold = args.threshold
+    if args.threshold is not None:
+        config.exit_threshold = args.threshold
     if args.shard:
         parallel.shard(model, dtype, device)
     pairs = fp32_masters(model, dtype)  # freezes the encoder
@@ -396,22 +451,40 @@ def optimizer_step(run, lr, batches, choice):
 
 
 def report_held_out(run, held_out, progress, log):
-    """Evaluate, log and print. InputError if the model has come to nothing."""
+    """Evaluate, find the exit threshold, log and print. InputError if the model is no good."""
     found = evaluate(run.model, held_out, run.args.batch_size, plain=run.args.control)
     if run.args.control:
         found = {"control": found["plain"]}
     losses = {"pretrained": progress.pretrained} | found
-    log.write({"step": progress.step, "eval": losses})
+    record = {"step": progress.step, "eval": losses}
     words = []
     for name, loss in losses.items():
         label = f"budget {name}" if name.isdigit() else name
         words.append(f"{label} {loss:.3f}")
+    finite = all(math.isfinite(loss) for loss in losses.values())
+    if finite and not run.args.control and run.args.threshold is None:
+        threshold, loops, loss = calibrate(run, held_out)
+        record |= {"threshold": threshold, "exit": loss, "exit_loops": loops}
+        words.append(f"exit at q >= {threshold:.3f} {loss:.3f} ({loops:.1f} loops)")
+    log.write(record)
     say("      held-out loss  " + "  ".join(words))
     require(
-        all(math.isfinite(loss) for loss in losses.values()),
+        finite,
         f"step {progress.step}: the held-out loss is not finite, so this model is not saved; "
         f"{resume.newest(run.args.out, run.kind)}; try a smaller --lr",
     )
+
+
+def calibrate(run, held_out):
+    """Store the exit threshold that `find_threshold` finds -> threshold, mean loops, mean loss."""
+    size = run.args.batch_size
+    parts = []
+    for ids, targets in zip(*(x.split(size) for x in held_out), strict=True):
+        parts.append(follow_tokens(run.model, ids, targets, max(BUDGETS)))
+    losses, confidences = (torch.cat(x, dim=1).float() for x in zip(*parts, strict=True))
+    found = find_threshold(losses, confidences)
+    run.model.config.exit_threshold = found[0]
+    return found
 
 
 def save_checkpoint(run, progress):
@@ -425,6 +498,8 @@ def save_checkpoint(run, progress):
         with resume.new_checkpoint(target, run.args.keep) as directory:
             save(run.model, run.tokenizer, directory, tensors)
             resume.write_trainer_state(directory, state, progress, resume.run_flags(run.args))
+    for _ in state:  # the other processes give their parts of each
+        pass
     say(f"      saved {target}")
 
 

@@ -9,6 +9,8 @@ profile.png       Fig. 1: what each layer, run once, does to the state, with the
                   the split that the rule proposes
 accuracy.png      the tiny world: problems solved by steps needed and by budget, base and control
                   beside them, and where the model stops
+confidence.png    what the head knows: q against the share of tokens that are right, where tokens
+                  stop, and the loss by mean loops of each stopping rule, with a table in print
 budget.png        held-out loss by number of loops: of --data, or of the model's training run
 training.png      losses and held-out loss by step, of the model's training run
 runs.png          with --runs: held-out loss of several training runs beside each other
@@ -17,7 +19,7 @@ speed.png         with --bench: Fig. 11, seconds a token by context, as bench.py
 Reading order: what is computed, how figures are drawn, the figures one by one, the command.
 """
 
-import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -27,6 +29,7 @@ import matplotlib
 matplotlib.use("Agg")  # files only, no window
 import matplotlib.pyplot as plt
 import torch
+import torch.nn.functional as F
 from matplotlib.ticker import (
     FormatStrFormatter,
     LogLocator,
@@ -37,9 +40,9 @@ from matplotlib.ticker import (
 
 import tiny
 from appendix import data
-from appendix.errors import InputError, require, run_main
+from appendix.errors import InputError, first_line, require, run_main
 from appendix.files import read_json, write_whole
-from appendix.flags import add_model_flags, number, pick_device, pick_dtype
+from appendix.flags import FlagParser, add_model_flags, number, pick_device, pick_dtype
 from appendix.hub import find, newest_checkpoint
 from load_weights import load
 from train import evaluate, next_tokens
@@ -86,6 +89,97 @@ def layer_states(model, batches):
             states.append(h.float())
         collected.append(torch.stack(states).flatten(1, 2).cpu())
     return torch.cat(collected, dim=1)
+
+
+@torch.inference_mode()
+def follow_tokens(model, batches, loops):
+    """What each token with a target meets at each loop, all tokens looped alike.
+
+    batches: [(ids, targets)], (N, T) each -> {name: (loops, tokens)}: loss (nats), q, choice (the
+    likeliest token), right (0 or 1), moved and kl, which the rules convergence and kl look at.
+    """
+    collected = []
+    for ids, targets in batches:
+        counted = targets >= 0
+        span = model.span(ids.shape[1])
+        h = model.encoder(ids, span)
+        before = None
+        for _ in range(loops):
+            new, delta = model.reasoning(h, span)
+            log_p = model.decoder(new, span)[counted].float().log_softmax(-1)  # (tokens, V)
+            loss = F.nll_loss(log_p, targets[counted], reduction="none")
+            kl = torch.full_like(loss, torch.inf)
+            if before is not None:
+                kl = F.kl_div(before, log_p, reduction="none", log_target=True).sum(-1)
+            choice = log_p.argmax(-1)
+            facts = {
+                "loss": loss,
+                "q": model.q_head(delta)[counted].squeeze(-1).float().sigmoid(),
+                "choice": choice,
+                "right": (choice == targets[counted]).float(),
+                "moved": (new - h)[counted].float().norm(dim=-1),
+                "kl": kl,
+            }
+            collected.append({name: x.cpu() for name, x in facts.items()})
+            h = new
+            before = log_p
+    parts = [collected[b::loops] for b in range(loops)]  # of each loop, those of all batches
+    return {
+        name: torch.stack([torch.cat([facts[name] for facts in part]) for part in parts])
+        for name in collected[0]
+    }
+
+
+def statistics(facts):
+    """{rule: (loops, tokens)}: a token stops at the first loop where it is at most a threshold."""
+    changed = facts["choice"][1:] != facts["choice"][:-1]
+    return {
+        "confidence": -facts["q"],
+        "cdf": (1 - facts["q"]).cumprod(0),
+        "convergence": facts["moved"],
+        "argmax": torch.cat((torch.ones_like(facts["q"][:1]), changed.float())),
+        "kl": facts["kl"],
+    }
+
+
+def last_loop(statistic, threshold):
+    """The loop, from 0, at which each token stops: (loops, tokens) -> (tokens,)."""
+    enough = statistic <= threshold
+    enough[-1] = True
+    return enough.int().argmax(0)
+
+
+def frontiers(facts):
+    """{rule: [(mean loops, mean loss)]} for a range of thresholds, of fixed budgets, and of an
+    oracle that stops each token where its loss is lowest."""
+    losses = facts["loss"]
+    found = {"fixed": [(b + 1, loss.mean().item()) for b, loss in enumerate(losses)]}
+
+    def outcome(last):
+        return (last + 1).float().mean().item(), losses.gather(0, last[None]).mean().item()
+
+    for rule, statistic in statistics(facts).items():
+        values = statistic[statistic.isfinite()].sort().values
+        thresholds = values[:: max(1, len(values) // 30)].unique().tolist()
+        found[rule] = [outcome(last_loop(statistic, threshold)) for threshold in thresholds]
+    found["argmax"] = found["argmax"][:1]  # it has no threshold: the choice is the same, or not
+    found["oracle"] = [outcome(losses.argmin(0))]
+    return found
+
+
+def auc(score, label):
+    """The chance that of two tokens, one with the label and one without, the former has the higher
+    score (ties count half); nan where all are alike. score (tokens,), label (tokens,) of 0 or 1."""
+    n = label.sum()
+    above = (tiny.ranks(score) * label).sum() - n * (n + 1) / 2
+    return (above / (n * (len(label) - n))).item()
+
+
+def calibration(q, right, bins=10):
+    """q and the share that is right, by bins of as many tokens each: two of (bins,)."""
+    order = q.argsort()
+    parts = [part for part in order.tensor_split(bins) if len(part)]
+    return torch.tensor([[x[part].mean() for part in parts] for x in (q, right)])
 
 
 def distances(states):
@@ -144,6 +238,8 @@ LINES = (
     {"color": "#009E73", "ls": "-.", "marker": "^"},
     {"color": "#CC79A7", "ls": ":", "marker": "D"},
     {"color": "#000000", "ls": (0, (5, 1)), "marker": "v"},
+    {"color": "#56B4E9", "ls": "-", "marker": "x"},
+    {"color": "#D55E00", "ls": "--", "marker": "*"},
 )
 plt.rcParams.update(
     {
@@ -299,6 +395,56 @@ def draw_layers(ax, values, splits):
     ax.set(xlabel="layer", yscale="log")
     whole_numbers(ax.xaxis)
     ax.legend(fontsize=8)
+
+
+# ---- confidence.png ------------------------------------------------------------------------------
+
+
+def draw_confidence(facts, threshold, path):
+    """facts: as from follow_tokens; threshold: the checkpoint's, of q."""
+    loops = len(facts["q"])
+    shown = [b for b in (1, 2, 4, 8, 16, 32) if b <= loops]
+    fig, axes = panels(3, 13, 3.8)
+    reliability, exits, prices = axes[0]
+    for b, line in zip(shown, LINES, strict=False):
+        q, right = calibration(facts["q"][b - 1], facts["right"][b - 1])
+        reliability.plot(q, right, **line, ms=4, label=tiny.loops_label(str(b)))
+    reliability.axline((0, 0), slope=1, color="0.7", lw=1)
+    reliability.set(title="is q true?", xlabel="q, ten bins", ylabel="share of tokens right")
+    reliability.legend(fontsize=8)
+
+    last = last_loop(-facts["q"], -threshold)
+    share = torch.bincount(last, minlength=loops) / len(last)
+    exits.bar(range(1, loops + 1), share, color="0.6")
+    exits.set(title=f"where tokens stop, q >= {threshold:.2f}", xlabel="loops", ylabel="share")
+    whole_numbers(exits.xaxis)
+
+    found = frontiers(facts)
+    for (rule, outcomes), line in zip(found.items(), LINES, strict=False):
+        outcomes = sorted(outcomes)
+        prices.plot(
+            [n for n, _ in outcomes], [loss for _, loss in outcomes], **line, ms=3, label=rule
+        )
+    prices.set(title="what a rule pays", xlabel="mean loops", ylabel="mean loss (nats)")
+    prices.legend(fontsize=7)
+    finish(fig, path)
+
+
+def print_confidence(facts, threshold):
+    """The same as a table: what q knows at each loop."""
+    losses, q, right = facts["loss"], facts["q"], facts["right"]
+    last = last_loop(-q, -threshold)
+    print("loops   loss  right  mean q  |q - right|  AUC: right  AUC: deeper is better  stop here")
+    for b in range(len(q)):
+        mean_q, mean_right = calibration(q[b], right[b])
+        deeper = losses[b:].min(0).values < losses[b]  # is there a better loop further on?
+        print(
+            f"{b + 1:5d} {losses[b].mean():6.3f} {right[b].mean():6.3f} {q[b].mean():7.3f} "
+            f"{(mean_q - mean_right).abs().mean():12.3f} {auc(q[b], right[b]):11.3f} "
+            f"{auc(-q[b], deeper.float()):22.3f} {(last == b).float().mean():10.3f}".replace(
+                "nan", "  -"
+            )
+        )
 
 
 # ---- accuracy.png: the tiny world ----------------------------------------------------------------
@@ -461,10 +607,7 @@ def draw_speed(found, path):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description="Draw what the loops do.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = FlagParser("Draw what the loops do.")
     add_model_flags(
         parser,
         "preset, directory or hub id (default: the newest checkpoint below out/, "
@@ -501,13 +644,28 @@ def parse_args():
     return parser.parse_args()
 
 
+@contextlib.contextmanager
+def drawn_from(path):
+    """Whatever is wrong with a file that a figure is drawn from becomes an InputError."""
+    try:
+        yield
+    except (InputError, OSError):  # OSError: the figure cannot be written
+        raise
+    except Exception as error:  # of JSON, of a list where a number is meant, of matplotlib
+        reason = f"{type(error).__name__}: {first_line(error):.200}"
+        raise InputError(f"{path}: no figure can be drawn from what is in it ({reason})") from None
+
+
 def read_log(path):
     """The records of a run's log.jsonl, an evaluation among them."""
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a training log ({error})") from None
-    require(any("eval" in record for record in records), f"{path}: no evaluation in it yet")
+        raise InputError(f"{path}: not readable ({error})") from None
+    with drawn_from(path):
+        records = [json.loads(line) for line in text.splitlines()]
+        evaluated = any("eval" in record for record in records)
+    require(evaluated, f"{path}: no evaluation in it yet")
     return records
 
 
@@ -520,7 +678,8 @@ def compare_runs(directories, out):
     if len(set(names)) < len(names):
         names = [str(directory) for directory in directories]
     logs = [read_log(directory / "log.jsonl") for directory in directories]
-    draw_runs(dict(zip(names, logs, strict=True)), out / "runs.png")
+    with drawn_from("log.jsonl of " + ", ".join(map(str, directories))):
+        draw_runs(dict(zip(names, logs, strict=True)), out / "runs.png")
 
 
 def show_speed(file, out):
@@ -529,15 +688,22 @@ def show_speed(file, out):
         found.get("contexts"),
         f"--bench {file}: no times by context in it; expected what bench.py writes",
     )
-    draw_speed(found, out / "speed.png")
+    with drawn_from(file):
+        draw_speed(found, out / "speed.png")
 
 
-def encode_prompts(texts, tokenizer, config, device):
+def show_accuracy(file, out):
+    found = read_json(file)
+    with drawn_from(file):
+        draw_accuracy(found, out / "accuracy.png")
+
+
+def encode_prompts(texts, tokenizer, config, device, special):
     """Texts -> [(text, ids (1, T))]. InputError where one is empty or too long."""
     most = config.max_position_embeddings
     prompts = []
     for text in texts:
-        ids = tokenizer.encode(text, bos=tokenizer.add_bos)
+        ids = tokenizer.encode(text, bos=tokenizer.add_bos, special=special)
         require(
             1 <= len(ids) <= most,
             f"--prompt {text[:30]!r}: {len(ids)} tokens; the model takes 1 to {most}",
@@ -569,30 +735,42 @@ def show_profile(model, batches, out):
     )
 
 
+def show_confidence(model, pairs, loops, out):
+    facts = follow_tokens(model, pairs, loops)
+    draw_confidence(facts, model.config.exit_threshold, out / "confidence.png")
+    print_confidence(facts, model.config.exit_threshold)
+
+
 def show_losses(model, held_out, loops, log, out):
     """budget.png and training.png, as far as there are losses to show.
 
     held_out: ids (N, T) of --data, or None. log: path of the training run's log; it may be absent.
     """
     records = read_log(log) if log.exists() else []
-    evals = [r["eval"] for r in records if "eval" in r]
     if held_out is not None:
         losses = loss_by_budget(model, held_out, loops)
         pretrained = losses.pop("pretrained")
         draw_budget(losses, "one pass without the gate", pretrained, out / "budget.png")
         print("loss by loops: " + ", ".join(f"{b}: {loss:.3f}" for b, loss in losses.items()))
-    elif evals and "1" in evals[-1]:
+    with drawn_from(log):
+        show_log(records, held_out is None, out)
+    if not records:
+        print(f"no training.png: no {log}")
+
+
+def show_log(records, by_budget, out):
+    """Of a run's log the losses by step; with by_budget its last evaluation's by budget, too."""
+    evals = [record["eval"] for record in records if "eval" in record]
+    if by_budget and evals and "1" in evals[-1]:
         losses = {int(name): loss for name, loss in evals[-1].items() if name.isdigit()}
         draw_budget(losses, "pretrained", evals[-1]["pretrained"], out / "budget.png")
-    else:
+    elif by_budget:
         print(
             "no budget.png: give --data, "
             "or a checkpoint of a training run with its log.jsonl beside"
         )
     if evals:
         draw_training(records, out / "training.png")
-    else:
-        print(f"no training.png: no {log}")
 
 
 def show_model(args):
@@ -609,21 +787,29 @@ def show_model(args):
 
     is_tiny = "tiny" in (model.config.base_model, name)
     texts = args.prompt or (tiny.examples() if is_tiny else PROMPTS)
-    prompts = encode_prompts(texts, tokenizer, model.config, device)
+    special = args.special_tokens
+    prompts = encode_prompts(texts, tokenizer, model.config, device, special)
     held_out = None
+    problems = None
     batches = [ids for _, ids in prompts]
     if args.data:
         length = min(256, model.config.max_position_embeddings)
-        held_out = data.held_out(args.data, tokenizer, length, args.sequences).to(device)
+        held_out = data.held_out(args.data, tokenizer, length, args.sequences, special)
+        held_out = held_out.to(device)
         batches = held_out.split(2)
+    elif is_tiny:
+        problems = [x.to(device).split(52) for x in tiny.held_out(208)]
 
     show_trajectories(model, prompts, args.loops, args.out)
     show_profile(model, batches, args.out)
+    if model.config.from_checkpoint and (args.data or is_tiny):
+        pairs = zip(*problems, strict=True) if problems else [(x, next_tokens(x)) for x in batches]
+        show_confidence(model, pairs, args.loops, args.out)
     # What a training run left stands beside its checkpoints.
     run_directory = find(name)[0].parent
     accuracy = run_directory / "accuracy.json"
     if is_tiny and accuracy.exists():
-        draw_accuracy(read_json(accuracy), args.out / "accuracy.png")
+        show_accuracy(accuracy, args.out)
     show_losses(model, held_out, args.loops, run_directory / "log.jsonl", args.out)
 
 

@@ -22,7 +22,9 @@ behind it: a small JSON object from which the rest comes again, exactly.
 Reading order: files, documents, sequences, batches, and `ahead`, which makes them in a thread.
 """
 
+import atexit
 import codecs
+import contextlib
 import functools
 import gzip
 import itertools
@@ -33,7 +35,7 @@ import queue
 import re
 import sys
 import threading
-from contextlib import contextmanager
+import time
 from operator import itemgetter
 from pathlib import Path
 
@@ -45,6 +47,7 @@ from appendix.tokenizer import SplitError
 
 SHUFFLE = 1024  # sequences that are shuffled together
 READ = 2**18  # characters of a .txt that are read at once
+LAST_ITEM = 5  # seconds that the end of the program waits for the thread of `ahead`
 
 KINDS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
 KINDS_TEXT = ", ".join(KINDS)
@@ -123,7 +126,7 @@ def documents(path, skip=0):
             raise InputError(f"{path}: expected a {KINDS_TEXT} file")
 
 
-@contextmanager
+@contextlib.contextmanager
 def reading_errors(path):
     """Whatever goes wrong in reading a file becomes an InputError."""
     try:
@@ -355,20 +358,26 @@ def ahead(stream):
     """The items of a stream, the next one made by a thread while one is used.
 
     Whatever ends the thread, an error of any kind too, comes out here, where the item would have.
-    The thread ends with the program, whatever it waits for.
+    When the program ends, the thread ends first: one that still computes while the interpreter is
+    taken down aborts the program.
     """
     ready = queue.Queue(1)
+    at_end = threading.Event()
 
     def produce():
         failure = None
         try:
             for item in stream:
                 ready.put((item, None))
+                if at_end.is_set():
+                    return
         except BaseException as error:  # tiktoken's panics are no Exception
             failure = error
         ready.put((None, failure))
 
-    threading.Thread(target=produce, daemon=True).start()
+    thread = threading.Thread(target=produce, daemon=True)  # a download that hangs holds up nobody
+    thread.start()
+    atexit.register(end_thread, thread, ready, at_end)
     while True:
         item, failure = wait_for(ready)
         if failure:
@@ -376,6 +385,16 @@ def ahead(stream):
         if item is None:
             return
         yield item
+
+
+def end_thread(thread, ready, at_end):
+    """Let the thread of `ahead` finish its item, and wait for that, but not for ever."""
+    at_end.set()
+    deadline = time.monotonic() + LAST_ITEM
+    while thread.is_alive() and time.monotonic() < deadline:
+        with contextlib.suppress(queue.Empty):
+            ready.get_nowait()  # room for what it waits to put
+        thread.join(0.01)
 
 
 def wait_for(ready):

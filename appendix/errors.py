@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+LONGEST = 900  # characters of a line
 CLEAR = "\r\x1b[K"  # a terminal's line, emptied
 
 
@@ -50,15 +51,17 @@ def run_main(main):
     Bad input is one line and code 2, Ctrl-C is code 130; neither shows a traceback. What the
     terminal's encoding lacks is printed as a question mark.
     """
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # closed from the start: None
-            stream.reconfigure(errors="replace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed from the start, as by >&- in a shell
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the program ends)
+        with contextlib.suppress(AttributeError):
+            getattr(sys, name).reconfigure(errors="replace")
     script = Path(sys.argv[0]).name
     try:
         main()
         sys.stdout.flush()
     except InputError as error:
-        end(f"{script}: error: {error}", 2)
+        end(f"{script}: error: {one_line(error)}", 2)
     except KeyboardInterrupt:
         end("\ninterrupted", 130)
     except BrokenPipeError:  # python sample.py | head
@@ -67,7 +70,7 @@ def run_main(main):
     except torch.OutOfMemoryError as error:
         end(f"{script}: error: out of memory on the device ({first_line(error)})", 2)
     except OSError as error:  # a full disk while the log is written, say
-        end(f"{script}: error: {error}", 2)
+        end(f"{script}: error: {one_line(error)}", 2)
 
 
 def end(words, code):
@@ -77,6 +80,14 @@ def end(words, code):
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     sys.exit(code)
+
+
+def one_line(error):
+    """An exception's message on one line, and not too long a one: names may hold anything."""
+    line = " ".join(str(error).splitlines())
+    if len(line) <= LONGEST:
+        return line
+    return f"{line[: LONGEST // 2]} … {line[-LONGEST // 3 :]}"
 
 
 def first_line(error):

@@ -8,8 +8,11 @@ compile_layers                torch.compile for training
 checkpoint_activations        less memory in training: activations are made again for the gradient
 """
 
+import copy
 import functools
+import itertools
 import math
+import weakref
 
 import torch
 from torch import nn
@@ -55,17 +58,51 @@ class WholeCache(Cache):
     """
 
     def __init__(self, config, rows, columns, depths, like):
-        self.columns = -(-columns // 256) * 256  # rounded up, so that few sizes are compiled
-        super().__init__(config, rows, self.columns, depths, like)
-        layers = [self.encoder, self.decoder, *self.loops]
-        for layer_cache in (entry for layer in layers for entry in layer):
+        super().__init__(config, rows, columns, depths, like)
+        self.shape = (rows, columns, depths)
+        for layer_cache in self.layer_caches():
             torch._dynamo.mark_static_address(layer_cache.keys, guard=False)
             torch._dynamo.mark_static_address(layer_cache.values, guard=False)
+
+    def layer_caches(self):
+        return list(itertools.chain(self.encoder, self.decoder, *self.loops))
 
     def visible(self, start, T, window):
         if T > 1:
             return super().visible(start, T, window)
-        return slice(0, self.columns)
+        return slice(0, self.shape[1])
+
+    def clear(self):
+        """Forget all tokens. Columns that are not written yet must hold numbers: a mask makes
+        their weight 0, and 0 times nan is nan."""
+        for layer_cache in self.layer_caches():
+            layer_cache.keys.zero_()
+            layer_cache.values.zero_()
+
+
+class KeptCaches:
+    """Gives the WholeCache of the last text again where its shape fits, so that the graphs that
+    were recorded with it are replayed: a new one would need new graphs, which are never freed."""
+
+    def __init__(self, model):
+        self.model = model
+        self.cache = None
+        self.user = lambda: None  # a weak reference to what was given out last
+
+    def new_cache(self, rows, columns, depths):
+        shape = (rows, -(-columns // 256) * 256, depths)  # rounded up, so that few are compiled
+        if self.user() is not None:  # two texts at once: the other one is not done with it
+            return self.make(*shape)
+        if self.cache is None or self.cache.shape != shape:
+            self.cache = None  # its memory is free before the next is made
+            self.cache = self.make(*shape)
+        self.cache.clear()
+        given = copy.copy(self.cache)  # the same tensors
+        self.user = weakref.ref(given)
+        return given
+
+    def make(self, *shape):
+        return WholeCache(self.model.config, *shape, self.model.decoder.norm.weight)
 
 
 def require_compiler(device):
@@ -119,8 +156,7 @@ def compile_decoding(model):
     model.decoder.last = compiled(model.decoder.last)
     if graphs:
         model.encoder.forward = begin(model.encoder.forward)
-        weight = model.decoder.norm.weight
-        model.new_cache = lambda *shape: WholeCache(model.config, *shape, weight)
+        model.new_cache = KeptCaches(model).new_cache
 
 
 def compile_layers(model):

@@ -3,10 +3,12 @@
 import argparse
 import math
 import re
+import sys
 
 import torch
 
-from appendix.errors import InputError, first_line
+from appendix.errors import InputError, end, first_line, one_line
+from appendix.files import shorten
 
 DTYPES = {
     "float32": torch.float32,
@@ -15,27 +17,53 @@ DTYPES = {
 }
 
 
-def number(kind, low, high=math.inf):
-    """An argparse type: an int or a float from low to high."""
+LARGEST = {int: 10**12, float: 1e38}  # more is a slip of the hand
+
+
+class FlagParser(argparse.ArgumentParser):
+    """argparse's parser, its defaults in the help and its errors as short as ours."""
+
+    def __init__(self, description):
+        defaults = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(description=description, formatter_class=defaults)
+
+    def parse_args(self):
+        args = super().parse_args()
+        for name, value in vars(args).items():
+            if value in ([], [[]]):  # what Python 3.11 and 3.12 make of --prompt=--
+                self.error(f"--{name.replace('_', '-')}: two dashes are no value for it")
+        return args
+
+    def error(self, message):
+        self.print_usage(sys.stderr)
+        end(f"{self.prog}: error: {one_line(message)}", 2)
+
+
+def number(kind, low, high=None):
+    """An argparse type: an int or a float from low to high (None: no limit that matters)."""
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if low <= value <= high:
+        if low <= value <= (high or LARGEST[kind]):
             return value
         wanted = "a whole number" if kind is int else "a number"
-        bounds = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
-        raise argparse.ArgumentTypeError(f"{text!r}: expected {wanted} {bounds}")
+        bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
+        if high is None and value > low:
+            bounds = f"of at most {LARGEST[kind]:g}"
+        raise argparse.ArgumentTypeError(f"{shorten(text)}: expected {wanted} {bounds}")
 
     return parse
 
 
 def parse_split(text):
     """An argparse type: layers of encoder and decoder, "E,D" -> (E, D)."""
-    if not re.fullmatch(r"\d+,\d+", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected two counts of layers, as in 2,1")
+    if not re.fullmatch(r"\d{1,9},\d{1,9}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(
+            f"{shorten(text)}: expected two counts of layers, as in 2,1"
+        )
     encoder, decoder = text.split(",")
     return int(encoder), int(decoder)
 
@@ -62,6 +90,7 @@ def add_model_flags(parser, model_help, model=None):
         help="of the computation (auto: bfloat16 where the hardware multiplies it faster)",
     )
     add("--seed", type=number(int, 0, 2**63 - 1), default=1337)
+    add("--special-tokens", action="store_true", help="read special tokens in texts as tokens")
 
 
 def pick_device(name):
@@ -72,7 +101,7 @@ def pick_device(name):
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # which the device meta, without memory, cannot
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(
             f"--device {name}: not usable here ({first_line(error)}); try --device cpu"

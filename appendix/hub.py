@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from appendix.errors import InputError, first_line, require
 from appendix.files import sha256
+from appendix.resume import checkpoints
 from appendix.tensors import find_index, read_index, weight_files
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets"  # what comes with this repository
@@ -106,7 +107,7 @@ def model_folder(path):
     )
     if (path / "config.json").exists():
         return path
-    found = checkpoints(path) or checkpoints(path, "control")
+    found = readable_checkpoints(path) or readable_checkpoints(path, "control")
     require(
         found,
         f"--model {path}: no config.json in this folder, so it is no model in Hugging Face's "
@@ -150,18 +151,9 @@ def say_once(line):
 # ---- checkpoints of runs -------------------------------------------------------------------------
 
 
-def checkpoints(run, kind="step"):
-    """The checkpoints in a run's folder, `kind`-NUMBER, in the order of their numbers.
-
-    kind: step, or control for a run of train.py --control. One that is being written has a name
-    that begins with a dot, and is left out.
-    """
-    found = {}
-    for path in Path(run).glob(f"{kind}-*"):
-        number = path.name.removeprefix(f"{kind}-")
-        if number.isdecimal() and (path / "config.json").is_file():
-            found[int(number)] = path
-    return [found[number] for number in sorted(found)]
+def readable_checkpoints(run, kind="step"):
+    """A run's checkpoints that can be loaded: those with a config.json. The oldest first."""
+    return [path for path in checkpoints(run, kind) if (path / "config.json").is_file()]
 
 
 def newest_checkpoint(root="out"):
@@ -174,7 +166,7 @@ def newest_checkpoint(root="out"):
     for run in {path.parent for path in Path(root).glob("**/step-*")}:
         is_hidden = any(part.startswith(".") for part in run.relative_to(root).parts)
         if not is_hidden:
-            newest += checkpoints(run)[-1:]
+            newest += readable_checkpoints(run)[-1:]
     return max(newest, key=written, default="tiny-loopus")
 
 

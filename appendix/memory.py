@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from appendix.errors import free_memory
+from appendix.errors import free_memory, require
 from loopus import LoopUS
+
+HOPELESS = 4  # times what is free: no estimate of ours is as wrong as that
 
 
 class NoInit(torch.overrides.TorchFunctionMode):
@@ -61,6 +63,7 @@ def announce(what, needs, device, advice):
     line = f"{what} needs about {total / 1e9:.1f} GB ({parts}); on {device} {amount} free"
     if total > free:
         line += f". That will not fit: {advice}"
+    require(total < HOPELESS * free, line)
     print(line, file=sys.stderr, flush=True)
 
 

@@ -1,12 +1,14 @@
 """A run's folder: whether one may write there, its checkpoints, its log, the signals that end it.
 
-A checkpoint is a folder kind-000123 (kind: step or control) in the published layout, with two files
-beside the weights: trainer.safetensors, the masters and the optimizer's moments, and trainer.json,
-a `Progress`, the run's flags and the SHA-256 of the tensors. It is written under another name and
-renamed as a whole, so a run that is killed at any moment goes on from the newest one bit for bit.
+A checkpoint is a folder kind-000123 (kind: step or control) in the published layout. Beside the
+weights lie trainer-00001.safetensors and so on, the masters and the optimizer's moments, and
+trainer.json, a `Progress`, the run's flags and the SHA-256 of the tensors. It is written under
+another name and renamed as a whole, so a run that is killed at any moment goes on from the newest
+one bit for bit.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -15,12 +17,15 @@ import shutil
 import signal
 from dataclasses import asdict, dataclass, fields
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from appendix.errors import InputError, first_line, require, say
 from appendix.files import read_json, sha256, write_text
 from appendix.parallel import part_of, rank, whole
+
+FILE = 2**30  # bytes of a file of the trainer's tensors, about
+KINDS = ("master", "step", "exp_avg", "exp_avg_sq")  # of the trainer's tensors, for each parameter
 
 # flags that may differ between a run and its continuation
 FREE = ("out", "resume", "device", "keep", "checkpoint_activations", "compile", "shard")
@@ -64,9 +69,13 @@ def step_of(path):
     return int(number) if number.isdecimal() else -1
 
 
-def checkpoints(out, kind):
-    """A run's checkpoints, the oldest first."""
-    found = [path for path in out.glob(f"{kind}-*") if step_of(path) >= 0]
+def checkpoints(run, kind):
+    """The checkpoints in a run's folder, in the order of their numbers, the oldest first.
+
+    kind: step, or control for a run of train.py --control. One that is being written has a name
+    that begins with a dot, and is left out.
+    """
+    found = [path for path in run.glob(f"{kind}-*") if step_of(path) >= 0]
     return sorted(found, key=step_of)
 
 
@@ -134,7 +143,10 @@ def last_whole_checkpoint(out, kind, flags):
 
 
 def read_progress(state):
-    """The Progress in a trainer.json. InputError where it is none."""
+    """The Progress in a trainer.json. InputError where it is none, or is not what was saved."""
+    record = {name: value for name, value in state.items() if name != "record"}
+    expected = state.get("record", record_digest(record))  # which checkpoints did not always have
+    require(expected == record_digest(record), "trainer.json is not what was saved")
     require(isinstance(state.get("flags"), dict), "trainer.json holds no flags")
     found = {"bad": state.get("bad", 0)}  # which checkpoints did not always have
     for field in fields(Progress):
@@ -147,6 +159,11 @@ def read_progress(state):
             f"trainer.json: {name} is {found[name]!r}, expected a whole number",
         )
     return Progress(**found)
+
+
+def record_digest(record):
+    """SHA-256 of what trainer.json says, but for this digest itself."""
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
 
 
 def digests(directory):
@@ -183,45 +200,66 @@ def new_checkpoint(target, keep):
 
 
 def trainer_state(pairs, optimizer):
-    """Masters and moments by name, sharded ones gathered on process 0. Every process takes part."""
-    state = {}
+    """Masters and moments as (name, tensor), each made when its turn comes: those that are sharded
+    are gathered on process 0 then, so every process has to take them all."""
     for name, (p, master) in pairs.items():
         if master is not p:
-            state[f"{name}.master"] = whole(p, master.detach())
+            yield f"{name}.master", whole(p, master.detach())
         for moment, x in optimizer.state[master].items():
-            state[f"{name}.{moment}"] = whole(p, x)
-    return state
+            yield f"{name}.{moment}", whole(p, x)
 
 
 def write_trainer_state(directory, state, progress, flags):
-    """Put what training needs to go on beside the weights that lie in directory."""
-    save_file(state, directory / "trainer.safetensors")
+    """Put what training needs to go on beside the weights that lie in directory.
+
+    state: as from `trainer_state`. It goes into files of about FILE bytes, so that not all of it is
+    in the host's memory at once: for 8B parameters it is 90 GB.
+    """
+    part = {}
+    number = 1
+    for name, x in state:
+        part[name] = x
+        if sum(tensor.nbytes for tensor in part.values()) >= FILE:
+            save_file(part, directory / f"trainer-{number:05d}.safetensors")
+            part = {}
+            number += 1
+    save_file(part, directory / f"trainer-{number:05d}.safetensors")
     record = asdict(progress) | {"flags": flags, "digests": digests(directory)}
-    (directory / "trainer.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    text = json.dumps(record | {"record": record_digest(record)}) + "\n"
+    (directory / "trainer.json").write_text(text, encoding="utf-8")
 
 
 def restore(checkpoint, pairs, optimizer):
     """Put a checkpoint's masters and moments back."""
-    path = checkpoint / "trainer.safetensors"
+    for _, master in pairs.values():
+        optimizer.state[master] = {}
+    for path in sorted(checkpoint.glob("trainer*.safetensors")):
+        for entry, x in stored_tensors(path):
+            restore_tensor(f"{path}: {entry}", entry, x, pairs, optimizer)
+
+
+def stored_tensors(path):
+    """(name, tensor) of a safetensors file, one after the other."""
     try:
-        state = load_file(path)
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                yield name, file.get_tensor(name)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{path}: not readable ({first_line(error):.200}); take another") from None
-    for name, (p, master) in pairs.items():
-        moments = {}
-        for key in ("master", "step", "exp_avg", "exp_avg_sq"):
-            if f"{name}.{key}" not in state:
-                continue
-            x = state[f"{name}.{key}"]
-            expected = () if key == "step" else tuple(p.shape)
-            require(
-                x.shape == expected,
-                f"{path}: {name}.{key} has shape {tuple(x.shape)}, expected {expected}",
-            )
-            moments[key] = part_of(p, x).to(master.device)
-        if "master" in moments:
-            master.data.copy_(moments.pop("master"))
-        optimizer.state[master] = moments
+
+
+def restore_tensor(where, entry, x, pairs, optimizer):
+    """Put one tensor of a checkpoint back: entry is a parameter's name, a dot, and what it is."""
+    name, _, kind = entry.rpartition(".")
+    require(name in pairs and kind in KINDS, f"{where}: nothing that is trained has this name")
+    p, master = pairs[name]
+    expected = () if kind == "step" else tuple(p.shape)
+    require(x.shape == expected, f"{where} has shape {tuple(x.shape)}, expected {expected}")
+    x = part_of(p, x).to(master.device)
+    if kind == "master":
+        master.data.copy_(x)
+    else:
+        optimizer.state[master][kind] = x
 
 
 class Log:

@@ -173,6 +173,19 @@ def write_shards(directory, tensors, shards):
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def write_backbone_with_words(directory):
+    """Write a small backbone with a tokenizer, and room in its embedding for that; -> directory."""
+    directory.mkdir()
+    for file in (GOLDEN / "bytelevel").iterdir():
+        (directory / file.name).write_bytes(file.read_bytes())
+    tokenizer = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab_size = len(tokenizer["model"]["vocab"]) + len(tokenizer["added_tokens"])
+    config = BACKBONES["llama_gqa"] | {"vocab_size": vocab_size}
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(backbone_tensors(config), directory / "model.safetensors")
+    return directory
+
+
 # ---- a small model -------------------------------------------------------------------------------
 
 
@@ -257,16 +270,7 @@ def refused(done, *words):
 @pytest.fixture(scope="session")
 def backbone(tmp_path_factory):
     """A small backbone with a tokenizer: what the scripts are run on."""
-    directory = tmp_path_factory.mktemp("models") / "toy"
-    directory.mkdir()
-    for file in (GOLDEN / "bytelevel").iterdir():
-        (directory / file.name).write_bytes(file.read_bytes())
-    tokenizer = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
-    vocab_size = len(tokenizer["model"]["vocab"]) + len(tokenizer["added_tokens"])
-    config = BACKBONES["llama_gqa"] | {"vocab_size": vocab_size}
-    (directory / "config.json").write_text(json.dumps(config))
-    save_file(backbone_tensors(config), directory / "model.safetensors")
-    return directory
+    return write_backbone_with_words(tmp_path_factory.mktemp("models") / "toy")
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,17 @@
 
     python tests/fuzz.py --count 10000
     python tests/fuzz.py --kind tokenizer --seed 4711 --count 1     one input again
+    python tests/fuzz.py --kind trouble --count 100                 commands that are disturbed
 
 Small valid files are written into a temporary folder. Then, again and again, one of them is changed
 in one way (bytes flipped, cut out or put in; in JSON a value replaced, a key dropped or doubled, a
 part nested) and read by the program's own functions. An input that ends in any other error than a
 one-line InputError, that takes more than SECONDS, or that asks for more than MEMORY, is printed
 with the command that makes it again, and the exit code is 1.
+
+The commands themselves are inputs too: `flags` changes the value of one flag, and `trouble` runs a
+script and sends it a signal at a random moment, lets the disk be full after a random number of
+bytes, or closes its output.
 
 Reading order: the kinds of input (which files, and how they are read), the changes, the loop.
 """
@@ -16,30 +21,45 @@ import argparse
 import contextlib
 import faulthandler
 import gzip
+import importlib
 import io
 import itertools
 import json
 import lzma
 import random
+import shlex
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections import Counter
 from pathlib import Path
 
 import torch
-from conftest import BACKBONES, GOLDEN, backbone_tensors, small, write_backbone
+from conftest import (
+    BACKBONES,
+    GOLDEN,
+    ROOT,
+    backbone_tensors,
+    environment,
+    small,
+    write_backbone,
+    write_backbone_with_words,
+)
 
+import visualize
 from appendix import data, resume
+from appendix.errors import run_main
 from appendix.memory import count
 from appendix.optim import fp32_masters
 from load_weights import Tokenizer, load, save
 from loopus import InputError
 
-SECONDS = 20  # for one input
+SECONDS = 60  # for one input
 MEMORY = 4 * 2**30  # bytes of address space beyond what the program has when it starts
 LONGEST = 1000  # characters of an error's line
 
@@ -164,7 +184,7 @@ def run(folder):
         resume.write_trainer_state(checkpoint, moments, progress, {"steps": "9"})
         lines = [json.dumps({"step": step, "loss": 1.5}) + "\n" for step in range(6)]
         (folder / name / "log.jsonl").write_text("".join(lines))
-        files += [checkpoint / "trainer.json", checkpoint / "trainer.safetensors"]
+        files += [checkpoint / "trainer.json", checkpoint / "trainer-00001.safetensors"]
         files.append(folder / name / "log.jsonl")
     return files, read_run
 
@@ -187,7 +207,7 @@ def read_run(path):
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         shutil.copytree(original, out)
-        if original.name == "signed" and path.name == "trainer.safetensors":
+        if original.name == "signed" and path.name == "trainer-00001.safetensors":
             record = json.loads((out / "step-000003" / "trainer.json").read_text())
             record["digests"] = resume.digests(out / "step-000003")
             record.pop("record", None)  # trainer.json's own digest
@@ -204,6 +224,144 @@ def read_run(path):
         next(text_batches(original.parent, progress.data))
 
 
+def figures(folder):
+    """What visualize.py draws from: a run's log, the tiny world's table, what bench.py wrote."""
+    shutil.copy(ROOT / "assets" / "tiny" / "accuracy.json", folder / "accuracy.json")
+    log = (ROOT / "assets" / "tiny" / "log.jsonl").read_text().splitlines()
+    records = [line for line in log if "eval" in line] + log[:8]
+    (folder / "log.jsonl").write_text("\n".join(records) + "\n")
+    context = {"context": 64, "pretrained": 0.1, "1": 0.1, "latest": 0.2, "shared": 0.2}
+    bench = {"shape": "small", "budget": 2, "contexts": [context, context | {"context": 128}]}
+    (folder / "bench.json").write_text(json.dumps(bench))
+    draw = {
+        "accuracy.json": visualize.show_accuracy,
+        "log.jsonl": lambda path, out: visualize.compare_runs([path.parent], out),
+        "bench.json": visualize.show_speed,
+    }
+
+    def read(path):
+        draw[path.name](path, folder)
+        if path.name == "log.jsonl":
+            visualize.show_losses(None, None, 8, path, folder)
+
+    return [folder / name for name in draw], read
+
+
+def commands(folder):
+    """Each script with most of its flags, {its name: flags}, quick to run in this folder."""
+    write_backbone_with_words(folder / "base")
+    (folder / "text.txt").write_text(TEXT * 40, encoding="utf-8")
+    shared = ["--model=base", "--split=1,1", "--device=cpu", "--dtype=float32", "--seed=1"]
+    return {
+        "train": [
+            *shared,
+            *("--data=text.txt", "--steps=2", "--batch-size=2", "--accumulate=1", "--seq-len=16"),
+            *("--loops=2", "--supervised=1", "--horizon=1", "--lr=1e-3", "--warmup=1", "--clip=1"),
+            *("--threshold=0.5", "--eval-every=1", "--eval-sequences=2", "--keep=1"),
+            *("--eval-data=text.txt", "--out=run", "--gate-init=open"),
+        ],
+        "sample": [
+            *shared,
+            *("--prompt=a b", "--budget=2", "--halt=confidence", "--threshold=0.5", "--kv=latest"),
+            *("--window=8", "--max-new-tokens=2", "--temperature=1", "--top-k=3", "--top-p=0.5"),
+            "--compare=base",
+        ],
+        "visualize": [
+            *shared,
+            *("--prompt=a b", "--loops=2", "--data=text.txt", "--sequences=2", "--out=figures"),
+        ],
+        "load_weights": ["base", "--split=1,1"],
+    }
+
+
+def flags(folder):
+    """The commands themselves, as lists of their flags: a value changed, a flag left out."""
+    files = []
+    for name, args in commands(folder).items():
+        path = folder / f"{name}.flags"
+        path.write_text(json.dumps(args))
+        files.append(path)
+
+    def read(path):
+        with contextlib.chdir(folder):
+            run_command(path.stem, json.loads(path.read_text()))
+        shutil.rmtree(folder / "run", ignore_errors=True)
+
+    return files, read
+
+
+def run_command(name, args):
+    """Run a script in this process. What it says with exit code 2 becomes an InputError."""
+    module = importlib.import_module(name)
+    sys.argv = [f"{name}.py", *args]
+    errors = io.StringIO()
+    code = 0
+    try:
+        with contextlib.redirect_stderr(errors):
+            run_main(module.main)
+    except SystemExit as ended:
+        code = ended.code
+    finally:
+        resume.release_signals()
+    if code:
+        before, _, line = errors.getvalue().strip().rpartition("error: ")
+        assert code == 2 and "Traceback" not in before, errors.getvalue()
+        raise InputError(line)
+
+
+def trouble(folder):
+    """Commands that are disturbed: by a signal, by a full disk, by a reader that goes away."""
+    quick = commands(folder)
+    quick["bench"] = ["--model=base", "--rounds=2", "--contexts=4", "--batches=1", "--budget=2"]
+    files = []
+    for name, args in quick.items():
+        path = folder / f"{name}.trouble"
+        path.write_text(json.dumps({"args": args, "how": "nothing", "when": 0}))
+        files.append(path)
+
+    def read(path):
+        record = json.loads(path.read_text())
+        code = disturb(path.stem, folder=folder, **record)
+        if path.stem == "train":  # whatever happened, the same command goes on
+            args = [*record["args"], "--resume"]
+            assert disturb("train", args, "nothing", 0, folder) == 0
+            shutil.rmtree(folder / "run")
+        if code:
+            raise InputError(f"ended with {code}")
+
+    return files, read
+
+
+def disturb(name, args, how, when, folder):
+    """Run a script, and disturb it. -> the exit code; an AssertionError if it showed a traceback.
+
+    when: seconds from the start for a signal, bytes that a file may have for a full disk, or bytes
+    that are read of its output before the pipe is closed.
+    """
+    command = [sys.executable, str(ROOT / f"{name}.py"), *args]
+    if how == "disk":
+        command[1:1] = [str(ROOT / "tests" / "run_limited.py"), str(when)]
+    if how == "no stdout":
+        command = ["sh", "-c", f"{shlex.join(command)} >&-"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=folder, env=environment(), **pipes) as running:
+        if how in signal.Signals.__members__:
+            time.sleep(when)
+            running.send_signal(signal.Signals[how])
+        if how == "pipe":
+            running.stdout.read(when)
+            running.stdout.close()
+            errors = running.stderr.read()
+        else:
+            _, errors = running.communicate()
+    errors = errors.decode(errors="replace")
+    in_program = "in main\n" in errors  # not so while Python itself still imports torch
+    assert "Traceback" not in errors or not in_program, errors
+    if how in ("nothing", "pipe", "no stdout"):
+        assert running.returncode in (0, 141), errors
+    return running.returncode
+
+
 KINDS = {
     "config": config,
     "safetensors": safetensors,
@@ -212,6 +370,9 @@ KINDS = {
     "tokenizer": tokenizer,
     "data": text,
     "run": run,
+    "figures": figures,
+    "flags": flags,
+    "trouble": trouble,
 }
 
 
@@ -228,6 +389,10 @@ def spoil(name, content, rng):
         return gzip.compress(spoil("a.jsonl", gzip.decompress(content), rng))
     if name.endswith(".xz") and rng.random() < 0.7:
         return lzma.compress(spoil("a.jsonl", lzma.decompress(content), rng))
+    if name.endswith(".flags"):
+        return spoil_flags(content, rng)
+    if name.endswith(".trouble"):
+        return spoil_trouble(content, rng)
     if rng.random() < 0.3:
         return spoil_bytes(content, rng)
     if name.endswith(".json"):
@@ -299,6 +464,51 @@ def spoil_json(content, rng):
     else:
         holder[key] = absurd(rng)
     return json.dumps(root[0]).encode()
+
+
+TEXTS = [
+    "",
+    " ",
+    "x",
+    "é\n",
+    "☃" * 3000,
+    "\udcff",
+    "a,b",
+    ".",
+    "/",
+    "/dev/null",
+    "--",
+    "<s>",
+    "None",
+]
+COUNTS = ["-1", "0", "1", "2", "3", "0.5", "007", "1_0", "1e3", "1e-30", "-0.0", "nan", "inf"]
+LARGE = ["1e30", "1e400", "65", "2147483648", "9223372036854775808", "9" * 5000]
+DEVICES = ["meta", "mps", "cuda", "cuda:1", "xla", "cpu:3"]
+PATIENT = ("steps", "accumulate", "loops", "budget")  # a large one only takes long
+
+
+def spoil_flags(content, rng):
+    """A command with one value changed, one flag left out, or one given without a value."""
+    args = json.loads(content)
+    i = rng.randrange(len(args))
+    name, equals, _ = args[i].partition("=")
+    how = rng.randrange(10)
+    if how == 0:
+        del args[i]
+    elif how == 1:
+        args[i] = name
+    else:
+        numbers = COUNTS if name.strip("-") in PATIENT else COUNTS + LARGE
+        args[i] = name + equals + rng.choice(rng.choice([TEXTS, numbers, numbers, DEVICES]))
+    return json.dumps(args).encode()
+
+
+def spoil_trouble(content, rng):
+    """A command with something that happens to it."""
+    how = rng.choice(["SIGINT", "SIGINT", "SIGTERM", "SIGHUP", "disk", "disk", "pipe", "no stdout"])
+    when = {"disk": int(10 ** rng.uniform(0, 6)), "pipe": rng.randrange(300), "no stdout": 0}
+    happens = {"how": how, "when": when.get(how, rng.uniform(1, 6))}
+    return json.dumps(json.loads(content) | happens).encode()
 
 
 def absurd(rng):
@@ -399,11 +609,11 @@ def main():
     parser.add_argument(
         "--seed", type=int, default=0, help="of the first input; the next has the next"
     )
-    parser.add_argument("--kind", choices=KINDS, help="default: all")
+    parser.add_argument("--kind", choices=KINDS, help="default: all but trouble")
     args = parser.parse_args()
     torch.set_num_threads(1)
     limit_memory()
-    kinds = [args.kind] if args.kind else list(KINDS)
+    kinds = [args.kind] if args.kind else [kind for kind in KINDS if kind != "trouble"]
     failed = False
     for i, kind in enumerate(kinds):
         share = len(range(i, args.count, len(kinds)))

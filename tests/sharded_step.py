@@ -26,7 +26,7 @@ def descend(pairs):
 
 
 parallel.join()
-chunks.LOGITS = 4 * 7 * 50  # seven tokens at a time
+chunks.LOGITS["cpu"] = 7 * 50  # seven tokens at a time
 ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(5))
 start = small(2, dtype=torch.float32)
 alone = small(2, dtype=torch.float32)

@@ -365,3 +365,25 @@ def test_ctrl_c_works_while_one_waits_for_the_thread():
         finally:
             waiting.kill()
     assert "KeyboardInterrupt" in errors and waiting.returncode != 0
+
+
+def test_the_thread_has_ended_when_the_program_ends():
+    """One that still computes while the interpreter is taken down aborts the program."""
+    code = (
+        "import atexit, sys, threading, time\n"
+        "atexit.register(lambda: print(threading.active_count(), made))\n"  # the last to be called
+        "from appendix.data import ahead\n"
+        "made = []\n"
+        "def stream():\n"
+        "    while True:\n"
+        "        time.sleep(0.1)\n"
+        "        made.append(len(made))\n"
+        "        yield made[-1]\n"
+        "items = ahead(stream())\n"
+        "next(items)\n"
+        "sys.exit(2)\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout in ("1 [0]\n", "1 [0, 1]\n", "1 [0, 1, 2]\n")

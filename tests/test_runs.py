@@ -11,14 +11,17 @@ import signal
 import socket
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import command_line, environment, flags, refused, script, succeeded
+from conftest import command_line, environment, flags, refused, script, small, succeeded
 from safetensors.torch import load_file
 
+from appendix import resume
+from appendix.optim import fp32_masters
 from load_weights import load
 
 TESTS = Path(__file__).resolve().parent
@@ -55,7 +58,7 @@ def state(out, step=4):
     """All tensors of a checkpoint: of the model, and of the trainer beside it."""
     directory = out / f"step-{step:06d}"
     tensors = {}
-    for file in ("model.safetensors", "trainer.safetensors"):
+    for file in ("model.safetensors", "trainer-00001.safetensors"):
         for name, x in load_file(directory / file).items():
             tensors[file, name] = x
     return tensors
@@ -105,6 +108,13 @@ def test_a_run_logs_every_step_and_every_evaluation(trained):
     assert evals[0].keys() == {"pretrained", "1", "2", "4", "8"}
     assert len({losses["pretrained"] for losses in evals}) == 1
     assert evals[-1]["8"] < evals[0]["8"]
+
+    model, _ = load(trained / "a" / "step-000004")
+    last = log[-1]
+    assert model.config.exit_threshold == last["threshold"]
+    assert 1 <= last["exit_loops"] <= 8
+    by_loops = [last["eval"][name] for name in ("1", "2", "4", "8")]
+    assert last["exit"] <= min(by_loops) + 0.05
 
 
 def test_a_run_trains_what_it_should_and_logs_it(trained, backbone):
@@ -260,6 +270,48 @@ def test_a_killed_run_goes_on_bit_for_bit(trained, backbone, corpus, tmp_path, n
     assert not [path for path in run.iterdir() if "partial" in path.name]
 
 
+def test_the_trainers_tensors_go_through_several_files_and_never_all_through_memory(
+    tmp_path, monkeypatch
+):
+    """For 8B parameters they are 90 GB; here a file takes some 4 KB."""
+    monkeypatch.setattr(resume, "FILE", 4000)
+    pairs, optimizer = moved_once(small(dtype=torch.float32))
+    made = []
+
+    def watched():
+        for name, x in resume.trainer_state(pairs, optimizer):
+            x = x.clone()
+            made.append(weakref.ref(x))
+            alive = [ref() for ref in made if ref() is not None]
+            assert sum(x.nbytes for x in alive) < 4000 + 2 * 50 * 32 * 4  # and the largest twice
+            yield name, x
+            del x, alive
+
+    progress = resume.Progress(step=1)
+    resume.write_trainer_state(tmp_path, watched(), progress, {})
+    assert len(list(tmp_path.glob("trainer-*.safetensors"))) > 10
+
+    again, other = moved_once(small(dtype=torch.float32, seed=1))
+    resume.restore(tmp_path, again, other)
+    for name, (p, master) in pairs.items():
+        q, restored = again[name]
+        if master is not p:
+            assert torch.equal(master, restored), name
+        for kind, x in optimizer.state[master].items():
+            assert torch.equal(x, other.state[restored][kind]), (name, kind)
+
+
+def moved_once(model):
+    """Masters and optimizer of a model, after one step on gradients of one."""
+    pairs = fp32_masters(model, torch.bfloat16)
+    masters = [master for _, master in pairs.values()]
+    optimizer = torch.optim.AdamW(masters, weight_decay=0.0, fused=True)
+    for master in masters:
+        master.grad = torch.ones_like(master)
+    optimizer.step()
+    return pairs, optimizer
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_at_every_point_of_a_save_goes_on_bit_for_bit(
     trained, backbone, corpus, tmp_path
@@ -297,7 +349,7 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_is_taken(
 ):
     run = tmp_path / "run"
     shutil.copytree(trained / "a", run)
-    with open(run / "step-000004" / "trainer.safetensors", "r+b") as file:
+    with open(run / "step-000004" / "trainer-00001.safetensors", "r+b") as file:
         file.seek(-5, 2)
         file.write(b"\x7f")  # one byte of a tensor: the file still opens
     again = script(*training(backbone, corpus, run, *FP32, "--resume"))

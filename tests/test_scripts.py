@@ -12,6 +12,7 @@ from conftest import command_line, environment, flags, refused, script, small, s
 import visualize
 from load_weights import load, save
 from sample import SHADES, Made, shade, summary
+from train import next_tokens
 
 PNG = b"\x89PNG\r\n\x1a\n"  # how every PNG file begins
 
@@ -134,12 +135,12 @@ def test_visualize_writes_every_figure(checkpoint, corpus, tmp_path):
     prompts = ["--prompt", "gate", "--prompt", "the state $h$"]
     source = ["--model", checkpoint, "--data", corpus]
     done = script("visualize.py", *source, *prompts, "--loops", 6, "--out", tmp_path)
-    succeeded(done, "proposed")
-    for name in ("trajectories", "profile", "budget", "training"):
+    succeeded(done, "proposed", "AUC: right")
+    for name in ("trajectories", "profile", "confidence", "budget", "training"):
         picture = (tmp_path / f"{name}.png").read_bytes()
         assert picture.startswith(PNG)
         assert len(picture) > 10000
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == 5
 
 
 def test_what_the_figures_show():
@@ -183,6 +184,55 @@ def test_the_profile_and_the_losses_are_the_models():
     assert set(losses) == {"pretrained", 1, 2, 4}
     loss = F.cross_entropy(model(ids, 2)[0, :-1], ids[0, 1:]).item()
     assert losses[2] == pytest.approx(loss)
+
+
+@pytest.mark.parametrize("rule", ["confidence", "cdf", "convergence", "argmax", "kl"])
+def test_where_a_token_stops_is_where_generation_stops(rule):
+    """The last token of prompts, whose tokens are looped alike in generation too."""
+    model = small(3, dtype=torch.float32)
+    ids = torch.randint(0, 50, (20, 7), generator=torch.Generator().manual_seed(1))
+    targets = torch.full_like(ids, -100)
+    targets[:, -1] = 1
+    facts = visualize.follow_tokens(model, [(ids, targets)], 5)
+    statistic = visualize.statistics(facts)[rule]
+    threshold = statistic[:-1].flatten().sort().values[30].item() + 1e-6
+    given = {"confidence": -threshold, "cdf": 1 - threshold}.get(rule, threshold)
+    if rule == "argmax":
+        threshold = given = 0.0
+    step = next(model.generate(ids, 1, budget=5, halt=rule, exit_threshold=given, temperature=0))
+    stops = visualize.last_loop(statistic, threshold) + 1
+    assert stops.tolist() == step.loops.tolist()
+    assert len(set(stops.tolist())) > 1
+
+
+def test_what_the_head_knows():
+    """The area under the curve by all pairs, bins of equal size, and the price of fixed budgets."""
+    generator = torch.Generator().manual_seed(0)
+    score = torch.randint(0, 5, (40,), generator=generator).float()
+    label = torch.randint(0, 2, (40,), generator=generator).float()
+    pairs = [
+        (a > b) + 0.5 * (a == b)
+        for a in score[label == 1].tolist()
+        for b in score[label == 0].tolist()
+    ]
+    assert visualize.auc(score, label) == pytest.approx(sum(pairs) / len(pairs))
+
+    q = torch.rand(1000, generator=generator)
+    right = (torch.rand(1000, generator=generator) < q).float()
+    mean_q, share = visualize.calibration(q, right)
+    assert mean_q.tolist() == pytest.approx([0.05 + 0.1 * i for i in range(10)], abs=0.03)
+    assert (mean_q - share).abs().mean() < 0.1
+
+    model = small(1, dtype=torch.float32)
+    ids = torch.randint(0, 50, (4, 6), generator=generator)
+    facts = visualize.follow_tokens(model, [(ids, next_tokens(ids))], 4)
+    found = visualize.frontiers(facts)
+    for b, (loops, loss) in enumerate(found["fixed"], 1):
+        expected = F.cross_entropy(model(ids, b)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        assert (loops, loss) == (b, pytest.approx(expected.item(), rel=1e-5))
+    (_, least), *_ = found["oracle"]
+    for outcomes in found.values():
+        assert all(1 <= n <= 4 and loss >= least for n, loss in outcomes)
 
 
 @pytest.mark.parametrize(

@@ -265,7 +265,7 @@ def test_logits_are_made_a_chunk_at_a_time_and_memory_does_not_grow_with_loops(m
     ids = random_ids(4, 32, vocab_size=5000)
     whole, parts = small(2, vocab_size=5000), small(2, vocab_size=5000)
     train.training_step(whole, ids, 4, {0, 2})
-    monkeypatch.setattr(chunks, "LOGITS", 4 * 10 * 5000)
+    monkeypatch.setitem(chunks.LOGITS, "cpu", 10 * 5000)
     with Sizes() as sizes:
         train.training_step(parts, ids, 4, {0, 2})
     assert max(sizes.noted) == 5000 * 32  # the head's own weight; all logits are 4 x 32 x 5000
@@ -308,3 +308,65 @@ def test_checkpointed_layers_save_less_and_give_the_same_gradients():
     assert kept_checkpointed < 0.5 * kept
     for name in expected:
         assert torch.equal(found[name], expected[name])
+
+
+# ---- the exit threshold --------------------------------------------------------------------------
+
+
+def outcome(losses, confidences, threshold):
+    """Mean loops and mean loss where each token stops once its q reaches the threshold."""
+    loops = []
+    for q in confidences.T.tolist():
+        enough = [b for b, x in enumerate(q) if x >= threshold]
+        loops.append(min([*enough, len(q) - 1]) + 1)
+    loss = [losses[n - 1, i].item() for i, n in enumerate(loops)]
+    return sum(loops) / len(loops), sum(loss) / len(loss)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_threshold_needs_the_fewest_loops_of_all_that_cost_little(seed):
+    generator = torch.Generator().manual_seed(seed)
+    confidences = torch.rand(4, 60, generator=generator).sort(0).values
+    noise = 0.02 * torch.rand(4, 60, generator=generator)
+    losses = (1 - confidences) * 0.1 + noise
+    threshold, loops, loss = train.find_threshold(losses, confidences)
+    assert (loops, loss) == pytest.approx(outcome(losses, confidences, threshold))
+
+    every = [outcome(losses, confidences, t) for t in [*confidences.flatten().tolist(), 1.0]]
+    best = min(loss for _, loss in every)
+    assert loss <= best + train.COST
+    assert loops == pytest.approx(min(n for n, loss in every if loss <= best + train.COST))
+
+
+def test_a_head_that_knows_which_tokens_are_done_saves_their_loops():
+    """Half of the tokens are as good after one loop; the other half need four."""
+    losses = torch.full((4, 100), 1.0)
+    losses[3] = 0.1
+    losses[:, :50] = 0.1
+    confidences = torch.where(losses < 0.5, 0.8, 0.3)
+    threshold, loops, loss = train.find_threshold(losses, confidences)
+    assert 0.3 < threshold <= 0.8 + 1e-6
+    assert loops == 2.5
+    assert loss == pytest.approx(0.1)
+
+
+def test_loops_that_bring_nothing_are_left_out_whatever_the_head_says():
+    generator = torch.Generator().manual_seed(0)
+    losses = torch.rand(100, generator=generator).expand(4, 100)
+    confidences = torch.rand(4, 100, generator=generator)
+    _, loops, _ = train.find_threshold(losses, confidences)
+    assert loops == 1
+
+
+def test_what_is_followed_is_what_generation_meets():
+    """Loss and q of the last token, with a fixed budget, by generate and by follow_tokens."""
+    model, ids = small(3), torch.randint(0, 50, (3, 7), generator=torch.Generator().manual_seed(1))
+    targets = train.next_tokens(ids)
+    targets[:, -1] = 5
+    losses, confidences = train.follow_tokens(model, ids, targets, 4)
+    assert losses.shape == confidences.shape == (4, 3 * 7)
+    for b in range(4):
+        step = next(model.generate(ids, 1, budget=b + 1, halt="none", temperature=0))
+        torch.testing.assert_close(confidences[b].view(3, 7)[:, -1], step.confidence)
+        expected = F.cross_entropy(model(ids, loops=b + 1)[:, -1], targets[:, -1], reduction="none")
+        torch.testing.assert_close(losses[b].view(3, 7)[:, -1].double(), expected)
