@@ -3,9 +3,10 @@
     python load_weights.py DIR      print what is in a directory, and continue a prompt with it
     python load_weights.py --list   the presets: models with a short name
 
-Two kinds of directory are read. A backbone is a pretrained Llama or Qwen3: its layers are dealt out
-to encoder, reasoning block and decoder, and gate and confidence head are new. A LoopUS checkpoint
-has all of these; `save` writes it in the layout that the paper's authors published.
+Two kinds of directory are read. A backbone is a pretrained Llama, Qwen3 or Phi-3 (Phi-4 is one):
+its layers are dealt out to encoder, reasoning block and decoder, and gate and confidence head are
+new. A LoopUS checkpoint has all of these; `save` writes it in the layout that the paper's authors
+published.
 
     config.json        shape of the model           read_config, published_config
     model.safetensors  the tensors, by name         backbone_name, tensor_files, load_model
@@ -91,15 +92,27 @@ def backbone_fields(raw):
     for field, value in SUPPORTED.items():
         found = raw.get(field, value)
         require(found == value, f"{field} {shorten(found)} is not supported; expected {value!r}")
-    fields = {"model_type": raw.get("model_type"), "rope_theta": rope_theta(raw)}
+    fields = {"model_type": raw.get("model_type"), **rope_fields(raw)}
     for field in SIZES:
         fields[field] = whole_number(raw, field)
     for field in OPTIONAL_SIZES:
         if raw.get(field) is not None:
             fields[field] = whole_number(raw, field)
     check_sizes(fields)
+    check_window(raw, fields)
     fields["rms_norm_eps"] = positive_number("rms_norm_eps", raw.get("rms_norm_eps", 1e-6))
     return fields
+
+
+def check_window(raw, fields):
+    """InputError if a Phi-3's layers see less than its whole context."""
+    window = raw.get("sliding_window")
+    longest = fields.get("max_position_embeddings", LoopUSConfig.max_position_embeddings)
+    if raw.get("model_type") == "phi3" and window is not None:
+        require(
+            whole_number(raw, "sliding_window") >= longest,
+            f"sliding_window {window} is smaller than the context, {longest}: not supported",
+        )
 
 
 def check_sizes(fields):
@@ -114,16 +127,40 @@ def check_sizes(fields):
     )
 
 
-def rope_theta(raw):
-    """The base of the rotary angles; transformers 5 writes it into rope_parameters."""
+LLAMA3_SCALING = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
+
+
+def rope_fields(raw):
+    """What config.json says of rotary positions; transformers 5 writes it into rope_parameters."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     require(isinstance(rope, dict), f"rope_parameters is {shorten(rope)}: expected an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     require(
-        kind == "default",
-        f"rope type {shorten(kind)} is not supported; plain rotary positions are",
+        kind in ("default", "llama3"),
+        f"rope type {shorten(kind)} is not supported; plain rotary positions and llama3's are",
     )
-    return positive_number("rope_theta", rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
+
+    def number(field, default):
+        return positive_number(field, rope.get(field, raw.get(field, default)))
+
+    fields = {
+        "rope_theta": number("rope_theta", 10000.0),
+        "partial_rotary_factor": number("partial_rotary_factor", 1.0),
+    }
+    if kind == "llama3":
+        scaling = {name: positive_number(name, rope.get(name)) for name in LLAMA3_SCALING}
+        require(
+            scaling["low_freq_factor"] < scaling["high_freq_factor"],
+            f"low_freq_factor {scaling['low_freq_factor']} is not below high_freq_factor "
+            f"{scaling['high_freq_factor']}",
+        )
+        fields["rope_scaling"] = scaling
+    return fields
 
 
 def checkpoint_config(raw, split):
@@ -231,12 +268,61 @@ def stored_names(model, has_head, is_tied):
     """
     config = model.config
     if config.from_checkpoint:
-        return {name: name for name in model.state_dict()}
+        return {name: fused_name(name, config) for name in model.state_dict()}
     pretrained = [name for name in model.state_dict() if not name.startswith(ADDED)]
-    names = {name: backbone_name(name, config) for name in pretrained}
+    names = {name: fused_name(backbone_name(name, config), config) for name in pretrained}
     if is_tied and not has_head:  # the head is a copy, which is trained without the embedding
         names["decoder.lm_head.weight"] = "model.embed_tokens.weight"
     return names
+
+
+# ---- fused tensors -------------------------------------------------------------------------------
+#
+# Phi-3's family keeps the projections that read the same input in one tensor, row below row.
+
+
+def fused(config):
+    """{name of a fused tensor: {part: its rows}}; none but for Phi-3's family."""
+    if config.model_type != "phi3":
+        return {}
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    return {
+        "qkv_proj": {"q_proj": queries, "k_proj": keys, "v_proj": keys},
+        "gate_up_proj": {
+            "gate_proj": config.intermediate_size,
+            "up_proj": config.intermediate_size,
+        },
+    }
+
+
+def fused_name(name, config):
+    """The name of the tensor that holds this one: another where it is a part of a fused one."""
+    for whole, parts in fused(config).items():
+        for part in parts:
+            name = name.replace(f".{part}.", f".{whole}.")
+    return name
+
+
+def rows_in_fused(name, shape, config):
+    """Where a tensor's rows are in the stored one: its first row, and how many rows that has."""
+    for parts in fused(config).values():
+        first = 0
+        for part, rows in parts.items():
+            if f".{part}." in name:
+                return first, sum(parts.values())
+            first += rows
+    return 0, shape[0]
+
+
+def fuse(state, config):
+    """{name: tensor} of a model -> the same as files hold it, parts put together."""
+    joined = {}
+    for name, tensor in state.items():
+        joined.setdefault(fused_name(name, config), []).append(tensor)
+    return {
+        name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in joined.items()
+    }
 
 
 # ---- which file holds which tensor ---------------------------------------------------------------
@@ -289,16 +375,18 @@ def find_tensors(directory, config):
 # ---- reading one tensor --------------------------------------------------------------------------
 
 
-def read_tensor(path, name, shape, device, dtype):
-    """One tensor, checked and converted.
+def read_tensor(path, name, shape, device, dtype, place):
+    """One tensor, checked and converted. place: as from `rows_in_fused`.
 
     It is read in parts, and each part is let go before the next is read, so that loading takes
     little more memory than the model.
     """
+    first, stored_rows = place
     found, found_dtype = shape_and_dtype(path, name)
+    expected = [stored_rows, *shape[1:]]
     require(
-        found == list(shape),
-        f"{path}: tensor {name} has shape {found}, the config asks for {list(shape)}",
+        found == expected,
+        f"{path}: tensor {name} has shape {found}, the config asks for {expected}",
     )
     require(
         found_dtype in DTYPES.values(),
@@ -307,7 +395,8 @@ def read_tensor(path, name, shape, device, dtype):
     tensor = torch.empty(shape, device=device, dtype=dtype)
     rows = max(1, 2**22 // tensor[0].numel())
     for start in range(0, len(tensor), rows):
-        tensor[start : start + rows] = read_rows(path, name, start, start + rows)
+        stop = min(start + rows, len(tensor))
+        tensor[start:stop] = read_rows(path, name, first + start, first + stop)
     return tensor
 
 
@@ -333,7 +422,8 @@ def load_model(directory, split=None, device=None, dtype=None):
     shapes = {name: parameter.shape for name, parameter in model.state_dict().items()}
     for name, stored in names.items():
         kept_as = torch.float32 if name.startswith(ADDED) else dtype
-        tensor = read_tensor(*found[stored], shapes[name], device, kept_as)
+        place = rows_in_fused(name, shapes[name], config)
+        tensor = read_tensor(*found[stored], shapes[name], device, kept_as, place)
         model.load_state_dict({name: tensor}, strict=False, assign=True)
     close_bin()
     if not config.from_checkpoint:
@@ -409,12 +499,21 @@ def published_config(model, tokenizer=None):
     """config.json in the published checkpoints' layout (the fields of the authors' LDSConfig)."""
     config = model.config
     dtype = str(model.decoder.norm.weight.dtype).removeprefix("torch.")
-    architecture = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[config.model_type]
+    architecture = {
+        "llama": "LlamaForCausalLM",
+        "qwen3": "Qwen3ForCausalLM",
+        "phi3": "Phi3ForCausalLM",
+    }[config.model_type]
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling:
+        rope |= {"rope_type": "llama3"} | config.rope_scaling
+    if config.partial_rotary_factor != 1:
+        rope["partial_rotary_factor"] = config.partial_rotary_factor
     base = {
         "architectures": [architecture],
         "hidden_act": "silu",
         "attention_bias": False,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": rope,
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
     }
@@ -455,6 +554,7 @@ def save(model, tokenizer, directory, tensors=None):
     """
     directory = Path(directory)
     state = model.state_dict() if tensors is None else tensors
+    state = fuse(state, model.config)
     state = {name: tensor.contiguous() for name, tensor in state.items()}
 
     def write_weights(path):

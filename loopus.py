@@ -76,7 +76,7 @@ class LoopUSConfig:
     Raises InputError if the fields contradict each other.
     """
 
-    model_type: str = "llama"  # or "qwen3", which normalises each head's queries and keys
+    model_type: str = "llama"  # or "phi3", or "qwen3", which normalises each head's q and k
     vocab_size: int = 32000  # V
     hidden_size: int = 2048  # D
     intermediate_size: int = 5632
@@ -86,6 +86,8 @@ class LoopUSConfig:
     head_dim: int | None = None  # K; None: D / H. In Qwen3 it is not D / H
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    partial_rotary_factor: float = 1.0  # share of a head's channels that are rotated
+    rope_scaling: dict | None = None  # Llama 3's, the arguments of `stretch`
     max_position_embeddings: int = 2048
     encoder_layers: int = 1  # layers of E, from the front
     decoder_layers: int = 1  # layers of D, from the back; M has the rest
@@ -99,13 +101,14 @@ class LoopUSConfig:
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         H, G = self.num_attention_heads, self.num_key_value_heads
         require(
-            self.model_type in ("llama", "qwen3"),
-            f"model_type {self.model_type!r} is not supported; llama and qwen3 are",
+            self.model_type in ("llama", "qwen3", "phi3"),
+            f"model_type {self.model_type!r} is not supported; llama, qwen3 and phi3 are",
         )
         require(H % G == 0, f"num_attention_heads {H} is no multiple of num_key_value_heads {G}")
         require(
-            self.head_dim % 2 == 0,
-            f"head_dim {self.head_dim} is odd; rotary positions need pairs of channels",
+            self.rotary_dim % 2 == 0 and 2 <= self.rotary_dim <= self.head_dim,
+            f"{self.rotary_dim} of head_dim {self.head_dim} channels are rotated; rotary positions "
+            "need pairs of channels",
         )
         encoder, decoder = self.encoder_layers, self.decoder_layers
         require(
@@ -113,6 +116,11 @@ class LoopUSConfig:
             f"split {encoder},{decoder} of {self.num_hidden_layers} layers: encoder, reasoning "
             "block and decoder each need one",
         )
+
+    @property
+    def rotary_dim(self):
+        """Channels of a head that are rotated, the first ones."""
+        return int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def reasoning_layers(self):
@@ -131,8 +139,8 @@ class Span:
     token is one; `columns`, `visible` and `live` are for the cache only.
     """
 
-    cos: torch.Tensor  # (N or 1, 1, T, K) of the angles of their positions
-    sin: torch.Tensor  # (N or 1, 1, T, K)
+    cos: torch.Tensor  # (N or 1, 1, T, rotary_dim) of the angles of their positions
+    sin: torch.Tensor  # (N or 1, 1, T, rotary_dim)
     mask: torch.Tensor | None = None  # (N or 1, 1, T, S) True: may attend. None: all that is causal
     columns: torch.Tensor | None = None  # (T,) where their keys and values are written
     visible: slice | None = None  # the S columns they may attend to
@@ -140,22 +148,39 @@ class Span:
 
 
 def rotary_angles(positions, config, dtype):
-    """Cosines and sines for `rotate`, of tokens at positions (..., T): two of (..., T, K).
+    """Cosines and sines for `rotate`, of tokens at positions (..., T): two of (..., T, R).
 
-    Channels i and i + K/2 are a pair and share an angle; the first of them has a negative sine.
+    R (rotary_dim, mostly K) channels are rotated. Channels i and i + R/2 are a pair and share an
+    angle; the first of them has a negative sine.
     """
-    powers = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
-    angles = positions[..., None].float() / config.rope_theta**powers  # (..., T, K/2)
+    R = config.rotary_dim
+    powers = torch.arange(0, R, 2, device=positions.device).float() / R
+    periods = config.rope_theta**powers  # (R/2,) positions for an angle of 1
+    if config.rope_scaling:
+        periods = stretch(periods, **config.rope_scaling)
+    angles = positions[..., None].float() / periods  # (..., T, R/2)
     cos = angles.cos().to(dtype)
     sin = angles.sin().to(dtype)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
+def stretch(periods, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):
+    """Llama 3's rotary scaling, for longer contexts: rotations that turn often within the original
+    context stay as they are, slow ones become `factor` times slower, between them it is a mix."""
+    turns = original_max_position_embeddings / (2 * math.pi * periods)
+    stays = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return periods / (stays + (1 - stays) / factor)
+
+
 def rotate(x, cos, sin):
     """Turn each pair (a, b) of channels of x (N, H, T, K) into (a cos − b sin, b cos + a sin).
 
-    The pairs are Hugging Face's, (i, i + K/2), not neighbours as in other code.
+    The pairs are Hugging Face's, (i, i + R/2), not neighbours as in other code. Where fewer than K
+    channels are rotated (Phi-3's family), the others stay.
     """
+    R = cos.shape[-1]
+    if x.shape[-1] > R:
+        return torch.cat((rotate(x[..., :R], cos, sin), x[..., R:]), dim=-1)
     swapped = x.roll(x.shape[-1] // 2, dims=-1)  # (b, a)
     return torch.addcmul(x * cos, swapped, sin)  # x · cos + swapped · sin
 
@@ -719,7 +744,7 @@ def cache_bytes(config, depths, dtype):
 def cached_span(cache, angles, start, T, pads, window):
     """The T tokens in the columns from `start` on.
 
-    angles: cosines and sines of all positions, (columns, K) each. pads (N,): how many of a row's
+    angles: cosines and sines of all positions, (columns, R) each. pads (N,): how many of a row's
     first columns are padding; None: none anywhere.
     """
     columns = torch.arange(start, start + T, device=angles[0].device)
@@ -727,7 +752,7 @@ def cached_span(cache, angles, start, T, pads, window):
     positions = columns[None]
     if pads is not None:
         positions = (columns - pads[:, None]).clamp(min=0)  # (N, T)
-    cos, sin = (table[positions][:, None] for table in angles)  # (N or 1, 1, T, K) each
+    cos, sin = (table[positions][:, None] for table in angles)  # (N or 1, 1, T, R) each
 
     # No mask is needed where the columns that may be seen end with these tokens and the window
     # hides none of them: for one token, or for a prompt, which Attention then makes causal.

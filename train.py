@@ -426,7 +426,8 @@ def next_batches(run, batches):
 
 
 def optimizer_step(run, lr, batches, choice):
-    """One step of the optimizer -> mean losses (lm, mono, q), norm of the gradient, tokens."""
+    """One step of the optimizer -> mean losses (lm, mono, q), the same by loop (of this process),
+    norm of the gradient, tokens."""
     args = run.args
     share = 1 / args.accumulate
     records = []
@@ -447,7 +448,19 @@ def optimizer_step(run, lr, batches, choice):
     parallel.average([losses])
     run.optimizer.param_groups[0]["lr"] = lr
     norm = update(run.pairs, run.optimizer, args.clip)  # averages the gradients over processes
-    return losses.tolist(), norm, tokens
+    return losses.tolist(), by_loop(records), norm, tokens
+
+
+def by_loop(records):
+    """Mean losses {loop, from 1: [lm, mono, q]} of training_step's records."""
+    found = {}
+    for record in records:
+        losses = [record[name] for name in ("lm", "mono", "q")]
+        found.setdefault(record["loop"] + 1, []).append(losses)
+    means = {}
+    for loop, rows in sorted(found.items()):
+        means[loop] = [round(sum(column) / len(rows), 5) for column in zip(*rows, strict=True)]
+    return means
 
 
 def report_held_out(run, held_out, progress, log):
@@ -523,7 +536,7 @@ def describe(run):
     )
 
 
-def step_record(progress, lr, losses, norm):
+def step_record(progress, lr, losses, loops, norm):
     """What log.jsonl says of a step."""
     lm, mono, q = losses
     return {
@@ -534,6 +547,7 @@ def step_record(progress, lr, losses, norm):
         "lm": lm,
         "mono": mono,
         "q": q,
+        "by_loop": loops,
         "norm": norm,
         "tokens_per_s": progress.tokens / progress.spent,
         "skipped": progress.skipped,
@@ -599,7 +613,7 @@ def fit(args, device):
         except InputError:  # keep what was trained
             save_checkpoint(run, progress)
             raise
-        losses, norm, tokens = optimizer_step(run, lr, drawn, choice)
+        losses, loops, norm, tokens = optimizer_step(run, lr, drawn, choice)
         finite = math.isfinite(norm)
         progress = replace(
             progress,
@@ -611,7 +625,7 @@ def fit(args, device):
             data=position,
             choice=choice.getstate(),
         )
-        record = step_record(progress, lr, losses, norm)
+        record = step_record(progress, lr, losses, loops, norm)
         log.write(record)
         print_step(record, args, progress.spent)
         require(

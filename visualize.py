@@ -12,6 +12,10 @@ accuracy.png      the tiny world: problems solved by steps needed and by budget,
 confidence.png    what the head knows: q against the share of tokens that are right, where tokens
                   stop, and the loss by mean loops of each stopping rule, with a table in print
 budget.png        held-out loss by number of loops: of --data, or of the model's training run
+loops.png         Fig. 6: the losses of each loop, in four parts of the training run
+next.png          Fig. 8: the likeliest next tokens of each prompt, and how likely they are by loop
+text.html         Fig. 12: a continuation of each prompt, every token on a shade of its loops; the
+                  pointer on a token shows q and the likeliest tokens at each loop
 training.png      losses and held-out loss by step, of the model's training run
 runs.png          with --runs: held-out loss of several training runs beside each other
 speed.png         with --bench: Fig. 11, seconds a token by context, as bench.py measured them
@@ -20,6 +24,7 @@ Reading order: what is computed, how figures are drawn, the figures one by one, 
 """
 
 import contextlib
+import html
 import json
 import sys
 from pathlib import Path
@@ -41,7 +46,7 @@ from matplotlib.ticker import (
 import tiny
 from appendix import data
 from appendix.errors import InputError, first_line, require, run_main
-from appendix.files import read_json, write_whole
+from appendix.files import read_json, write_text, write_whole
 from appendix.flags import FlagParser, add_model_flags, number, pick_device, pick_dtype
 from appendix.hub import find, newest_checkpoint
 from load_weights import load
@@ -54,6 +59,8 @@ PROMPTS = (
     "404 Not Found in the system 404 The new era",
     "What is the capital of South Korea? S",
 )
+
+WORDS = 32  # tokens of a continuation in text.html
 
 # ---- what is computed ----------------------------------------------------------------------------
 
@@ -397,6 +404,128 @@ def draw_layers(ax, values, splits):
     ax.legend(fontsize=8)
 
 
+# ---- next.png ------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def next_shares(model, ids, loops):
+    """The next token's distribution behind ids (1, T), at each loop: (loops, V)."""
+    span = model.span(ids.shape[1])
+    h = model.encoder(ids, span)
+    shares = []
+    for _ in range(loops):
+        h, _ = model.reasoning(h, span)
+        shares.append(model.decoder.last(h, span)[0].float().softmax(-1).cpu())
+    return torch.stack(shares)
+
+
+def draw_next(followed, tokenizer, path):
+    """followed: [(text, next_shares (B, V))]."""
+    fig, axes = panels(len(followed), 3.6 * len(followed), 3.6)
+    for ax, (text, shares) in zip(axes[0], followed, strict=True):
+        loops = range(1, len(shares) + 1)
+        count = min(len(LINES), shares.shape[1])
+        shown = shares.amax(0).topk(count).indices.tolist()  # the likeliest at any loop
+        for token, line in zip(shown, LINES, strict=False):
+            label = repr(tokenizer.decode([token])).replace("$", r"\$")
+            ax.plot(loops, shares[:, token], **line, ms=3, lw=1, label=label)
+        ax.set(xlabel="loop", ylabel="probability", ylim=(-0.03, 1.03))
+        ax.set_title(text if len(text) < 40 else "…" + text[-39:], parse_math=False)
+        whole_numbers(ax.xaxis)
+        ax.legend(fontsize=7)
+    finish(fig, path)
+
+
+# ---- text.html -----------------------------------------------------------------------------------
+
+PAGE = """<!doctype html>
+<meta charset="utf-8">
+<title>loops by token</title>
+<style>
+body {{ font: 16px/1.9 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; }}
+.token {{ position: relative; white-space: pre-wrap; padding: 2px 0; border-radius: 3px; }}
+.facts {{ display: none; position: absolute; left: 0; top: 1.8em; z-index: 1;
+  background: white; color: black; border: 1px solid #888; padding: 4px 8px;
+  font: 12px/1.4 monospace; white-space: pre; }}
+.token:hover .facts {{ display: block; }}
+</style>
+<p>Every token of the continuation stands on a shade of the loops it took, 1 to {budget}:
+{legend}. The pointer on a token shows q and the likeliest tokens at each loop, all tokens looped
+alike.</p>
+{texts}
+"""
+
+
+def shade_of(loops, budget):
+    """CSS colours of a token that took so many loops: dark is many."""
+    lightness = 95 - 55 * (loops - 1) / max(budget - 1, 1)
+    text = "white" if lightness < 60 else "black"
+    return f"background: hsl(210 80% {lightness:.0f}%); color: {text}"
+
+
+@torch.inference_mode()
+def next_tokens_by_loop(model, ids, loops, count=5):
+    """For every token of ids (1, T) the likeliest next ones at each loop: ids and probabilities,
+    two of (loops, T, count)."""
+    span = model.span(ids.shape[1])
+    h = model.encoder(ids, span)
+    tokens = []
+    shares = []
+    for _ in range(loops):
+        h, _ = model.reasoning(h, span)
+        share, token = (
+            model.decoder(h, span)[0].float().softmax(-1).topk(min(count, model.config.vocab_size))
+        )
+        tokens.append(token.cpu())
+        shares.append(share.cpu())
+    return torch.stack(tokens), torch.stack(shares)
+
+
+def token_html(piece, step, tokens, shares, tokenizer, budget):
+    """A token as HTML. step: (loops, q); tokens, shares (B, 5): what was likely at each loop."""
+    loops, q = step
+    lines = [f"{tiny.loops_label(str(loops))}, q {q:.3f}"]
+    for b, (row, share) in enumerate(zip(tokens.tolist(), shares.tolist(), strict=True), 1):
+        words = [f"{tokenizer.decode([t])!r} {s:.2f}" for t, s in zip(row, share, strict=True)]
+        lines.append(f"{b:2d}  " + "  ".join(words))
+    facts = html.escape("\n".join(lines))
+    return (
+        f'<span class="token" style="{shade_of(loops, budget)}">{html.escape(piece)}'
+        f'<span class="facts">{facts}</span></span>'
+    )
+
+
+def continue_for_page(model, tokenizer, text, ids, budget, count):
+    """A prompt and its continuation as HTML."""
+    options = {"budget": budget, "exit_threshold": model.config.exit_threshold, "temperature": 0}
+    made = []
+    steps = []
+    for step in model.generate(ids, count, eos_id=tokenizer.eos_ids or None, **options):
+        made.append(step.tokens.item())
+        steps.append((step.loops.item(), step.confidence.item()))
+    whole = ids[0].tolist() + made
+    tokens, shares = next_tokens_by_loop(model, torch.tensor([whole], device=ids.device), budget)
+    spans = []
+    shown = tokenizer.decode(ids[0].tolist())
+    for i, step in enumerate(steps, ids.shape[1]):  # the token in place i, which i - 1 predicted
+        now = tokenizer.decode(whole[: i + 1])
+        piece = now[len(shown) :]
+        spans.append(token_html(piece, step, tokens[:, i - 1], shares[:, i - 1], tokenizer, budget))
+        shown = now
+    return f"<p>{html.escape(text)}{''.join(spans)}</p>"
+
+
+def write_page(texts, budget, path):
+    legend = " ".join(
+        f'<span class="token" style="{shade_of(n, budget)}">&nbsp;{n}&nbsp;</span>'
+        for n in range(1, budget + 1)
+    )
+    page = PAGE.format(budget=budget, legend=legend, texts="\n".join(texts))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, page)
+    print(f"wrote {path}")
+
+
 # ---- confidence.png ------------------------------------------------------------------------------
 
 
@@ -535,6 +664,27 @@ def draw_training_losses(ax, records):
         ax.plot(steps, losses, color=line["color"], ls=line["ls"], lw=1.1, label=label)
     ax.set(xlabel="optimizer step", ylabel="loss over supervised loops", title="training")
     ax.legend()
+
+
+def draw_loops(records, path):
+    """Fig. 6: each loss by loop, in four parts of training. records: those with "by_loop"."""
+    fig, axes = panels(3, 12, 3.6)
+    size = -(-len(records) // 4)  # rounded up
+    parts = [records[i : i + size] for i in range(0, len(records), size)]
+    for ax, (i, label) in zip(axes[0], enumerate(("L_LM", "L_mono", "L_Q")), strict=True):
+        for part, line in zip(parts, LINES, strict=False):
+            found = {}  # {loop: values}
+            for record in part:
+                for loop, losses in record["by_loop"].items():
+                    found.setdefault(int(loop), []).append(losses[i])
+            loops = sorted(found)
+            means = [sum(found[loop]) / len(found[loop]) for loop in loops]
+            steps = f"steps {part[0]['step']} to {part[-1]['step']}"
+            ax.plot(loops, means, **line, ms=3, lw=1, label=steps)
+        ax.set(xlabel="loop", ylabel="nats", title=label)
+        whole_numbers(ax.xaxis)
+    axes[0, 0].legend(fontsize=7)
+    finish(fig, path)
 
 
 def draw_held_out_losses(ax, records):
@@ -725,6 +875,18 @@ def show_trajectories(model, prompts, loops, out):
     draw_trajectories(followed, out / "trajectories.png")
 
 
+def show_next(model, tokenizer, prompts, loops, count, out):
+    """next.png, and text.html with continuations of `count` tokens."""
+    followed = []
+    texts = []
+    budget = min(loops, 8)
+    for text, ids in prompts:
+        followed.append((text, next_shares(model, ids, loops)))
+        texts.append(continue_for_page(model, tokenizer, text, ids, budget, count))
+    draw_next(followed, tokenizer, out / "next.png")
+    write_page(texts, budget, out / "text.html")
+
+
 def show_profile(model, batches, out):
     config = model.config
     encoder, decoder = draw_profile(layer_states(model, batches), config, out / "profile.png")
@@ -771,6 +933,9 @@ def show_log(records, by_budget, out):
         )
     if evals:
         draw_training(records, out / "training.png")
+    looped = [record for record in records if record.get("by_loop")]
+    if looped:
+        draw_loops(looped, out / "loops.png")
 
 
 def show_model(args):
@@ -801,6 +966,8 @@ def show_model(args):
         problems = [x.to(device).split(52) for x in tiny.held_out(208)]
 
     show_trajectories(model, prompts, args.loops, args.out)
+    count = 1 if is_tiny else WORDS  # a problem of the tiny world ends with its answer
+    show_next(model, tokenizer, prompts, args.loops, count, args.out)
     show_profile(model, batches, args.out)
     if model.config.from_checkpoint and (args.data or is_tiny):
         pairs = zip(*problems, strict=True) if problems else [(x, next_tokens(x)) for x in batches]

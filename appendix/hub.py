@@ -45,6 +45,7 @@ PRESETS = {
     "qwen3-1.7b": Preset("Qwen/Qwen3-1.7B", (2, 1), 2.03, "Apache-2.0"),
     "qwen3-4b": Preset("Qwen/Qwen3-4B", (2, 1), 4.41, "Apache-2.0"),
     "qwen3-8b": Preset("Qwen/Qwen3-8B", (6, 1), 8.19, "Apache-2.0"),
+    "phi4": Preset("microsoft/phi-4", (6, 1), 14.66, "MIT"),
     "tinyllama-loopus": Preset("Thrillcrazyer/TinyLlama_v1.1_LoopUS", None, 1.10, "see its page"),
     "qwen3-1.7b-loopus": Preset("Thrillcrazyer/Qwen3_1.7B_LoopUS", None, 2.03, "see its page"),
     "qwen3-1.7b-loopus-sft": Preset(
@@ -52,6 +53,7 @@ PRESETS = {
     ),
     "qwen3-4b-loopus": Preset("Thrillcrazyer/Qwen3-4B_LoopUS", None, 4.41, "see its page"),
     "qwen3-8b-loopus": Preset("Thrillcrazyer/Qwen3-8B_LoopUS", None, 8.19, "see its page"),
+    "phi4-loopus": Preset("Thrillcrazyer/Phi4_LoopUS", None, 14.66, "see its page"),
 }
 
 TOKENIZER_FILES = (

@@ -66,7 +66,25 @@ BACKBONES = {
         "tie_word_embeddings": True,
     },
 }
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+BACKBONES["llama3"] = BACKBONES["llama_gqa"] | {
+    "rope_theta": 500.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+}
+PHI3 = {"model_type": "phi3", "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+BACKBONES["phi3"] = BACKBONES["llama_gqa"] | PHI3
+BACKBONES["phi3_partial"] = BACKBONES["llama_tied"] | PHI3 | {"partial_rotary_factor": 0.5}
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+}
 
 # The fields of `small`'s config: every size is another, so that a mixed-up one does not fit.
 SMALL = {
@@ -105,6 +123,12 @@ def layer_shapes(config):
         "mlp.up_proj.weight": (I, D),
         "mlp.down_proj.weight": (D, I),
     }
+    if config["model_type"] == "phi3":
+        parts = [shapes.pop(f"self_attn.{x}_proj.weight") for x in "qkv"]
+        shapes["self_attn.qkv_proj.weight"] = (sum(rows for rows, _ in parts), D)
+        for name in ("gate", "up"):
+            del shapes[f"mlp.{name}_proj.weight"]
+        shapes["mlp.gate_up_proj.weight"] = (2 * I, D)
     if config["model_type"] == "qwen3":
         shapes |= {"self_attn.q_norm.weight": (K,), "self_attn.k_norm.weight": (K,)}
     return shapes
@@ -149,9 +173,12 @@ def write_backbone(directory, name, dtype=torch.float32, shards=1, old=False, se
     dtype_name = str(dtype).removeprefix("torch.")
     fields = config | {"architectures": [ARCHITECTURES[config["model_type"]]]}
     if old:
-        fields |= {"rope_scaling": None, "torch_dtype": dtype_name}
+        fields |= {"rope_scaling": config.get("rope_scaling"), "torch_dtype": dtype_name}
     else:
         rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
+        rope |= fields.pop("rope_scaling", {})
+        if "partial_rotary_factor" in fields:
+            rope["partial_rotary_factor"] = fields.pop("partial_rotary_factor")
         fields |= {"rope_parameters": rope, "dtype": dtype_name}
     (directory / "config.json").write_text(json.dumps(fields))
     if shards == 1:

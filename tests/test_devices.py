@@ -11,6 +11,7 @@ from torch.nn.attention import sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import loopus
+from appendix.fast import KeptCaches
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -91,6 +92,50 @@ def test_what_surrounds_a_tokens_layers_is_small():
         layers = len(count.names) - before
     cache_writes = 4 * 2
     assert operations(budget=1, halt="none") - layers - cache_writes <= 14
+
+
+# ---- caches that are kept ------------------------------------------------------------------------
+
+
+def address(cache):
+    keys, _ = cache.block[0]
+    return keys.data_ptr()
+
+
+def test_a_cache_is_given_again_where_it_fits_and_nobody_uses_it():
+    kept = KeptCaches(small(dtype=torch.float32))
+    first = kept.new_cache(2, 10, 3)
+    place = address(first)
+    assert first.visible(4, 1, 64) == slice(0, 256)
+    for layer_cache in first.layer_caches():
+        layer_cache.keys.fill_(torch.nan)
+    second = kept.new_cache(2, 10, 3)  # while the first is in use
+    assert address(second) != place
+    del first, second
+    again = kept.new_cache(2, 200, 3)
+    assert address(again) == place
+    assert all((x.keys == 0).all() for x in again.layer_caches())
+    del again
+    assert kept.new_cache(1, 10, 3).shape == (1, 256, 3)
+
+
+def test_texts_with_a_kept_cache_are_the_texts_without():
+    """One after the other, and two at once."""
+    model = small(dtype=torch.float32)
+    options = {"budget": 3, "temperature": 0, "exit_threshold": 0.5, "lengths": [4, 2]}
+    prompts = [
+        torch.randint(0, 50, (2, 4), generator=torch.Generator().manual_seed(i)) for i in (0, 1)
+    ]
+    expected = [tokens_of(model.generate(ids, 6, **options)) for ids in prompts]
+    model.new_cache = KeptCaches(model).new_cache
+    assert [tokens_of(model.generate(ids, 6, **options)) for ids in prompts] == expected
+    both = zip(*(model.generate(ids, 6, **options) for ids in prompts), strict=True)
+    found = [[step.tokens.tolist() for step in steps] for steps in both]
+    assert [list(tokens) for tokens in zip(*found, strict=True)] == expected
+
+
+def tokens_of(steps):
+    return [step.tokens.tolist() for step in steps]
 
 
 # ---- kernels of attention ------------------------------------------------------------------------

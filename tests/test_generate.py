@@ -415,3 +415,30 @@ def test_bad_arguments_are_named_before_anything_runs(change, words):
     arguments = {"ids": torch.ones(2, 3).long(), "max_new_tokens": 2} | change
     with pytest.raises(InputError, match=words):
         small().generate(**arguments)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "phi3", "partial_rotary_factor": 0.6},
+        {
+            "model_type": "llama",
+            "rope_scaling": {
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ],
+)
+def test_other_rotary_positions_are_cached_as_well(changes):
+    model = small(4, **changes)
+    ids = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(2))
+    options = {"lengths": [7, 4], "budget": 3, "halt": "none", "temperature": 0}
+    cached, plain = (
+        list(model.generate(ids, 12, use_cache=use_cache, **options)) for use_cache in (True, False)
+    )
+    for a, b in zip(cached, plain, strict=True):
+        assert torch.equal(a.tokens, b.tokens)
+        torch.testing.assert_close(a.confidence, b.confidence)

@@ -23,7 +23,7 @@ DENSITY_LIMITS = {"loopus.py": 8.0, "train.py": 8.0, "sample.py": 8.0}
 
 # The files that are read from top to bottom and run. Each may import the ones before it.
 CHAPTERS = ["loopus", "load_weights", "tiny", "train", "sample", "visualize", "evaluate", "bench"]
-OPTIONAL = ["transformers", "tokenizers", "lm_eval"]  # the README says what needs them
+OPTIONAL = ["transformers", "tokenizers", "lm_eval", "datasets"]  # the README says what needs them
 
 UNCOUNTED = (ast.Load, ast.Store, ast.Del, ast.operator, ast.cmpop, ast.boolop, ast.unaryop)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)

@@ -55,7 +55,12 @@ def test_every_format_gives_the_stored_numbers(tmp_path, name, dtype, shards, ol
     embedding = stored["model.embed_tokens.weight"]
     expected = {
         "encoder.embed_tokens.weight": embedding,
-        "reasoning.layers.0.mlp.up_proj.weight": stored["model.layers.1.mlp.up_proj.weight"],
+        "reasoning.layers.0.mlp.up_proj.weight": unfused(
+            stored, "model.layers.1.mlp.up_proj.weight"
+        ),
+        "encoder.layers.0.self_attn.k_proj.weight": unfused(
+            stored, "model.layers.0.self_attn.k_proj.weight"
+        ),
         "decoder.layers.0.self_attn.o_proj.weight": stored[
             f"model.layers.{last}.self_attn.o_proj.weight"
         ],
@@ -107,6 +112,28 @@ def test_a_config_with_a_byte_order_mark_is_read(tmp_path):
     text = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(text, encoding="utf-8-sig")
     assert read_config(tmp_path / "config.json") == plain
+
+
+def unfused(stored, name):
+    """A tensor of a backbone's files; of Phi-3's, its rows in the one that holds it."""
+    if name in stored:
+        return stored[name]
+    if name.endswith("up_proj.weight"):
+        return stored[name.replace("up_proj", "gate_up_proj")].chunk(2)[1]
+    qkv = stored[name.replace("k_proj", "qkv_proj")]
+    queries = stored[name.replace("k_proj", "o_proj")].shape[1]
+    return qkv[queries:].chunk(2)[0]
+
+
+def test_a_saved_phi3_has_the_names_and_shapes_of_its_family(tmp_path):
+    stored = write_backbone(tmp_path / "base", "phi3")
+    model, _ = load(tmp_path / "base", split=(1, 1))
+    save(model, None, tmp_path / "saved")
+    found = load_file(tmp_path / "saved" / "model.safetensors")
+    for name, tensor in stored.items():
+        if "layers.0." in name:
+            assert torch.equal(found[name.replace("model.", "encoder.")], tensor), name
+    assert not [name for name in found if "q_proj" in name or ".up_proj" in name]
 
 
 # ---- round trips ---------------------------------------------------------------------------------
@@ -320,6 +347,20 @@ def new_rope(directory):
     change_config(directory, rope_parameters={"rope_type": "llama3", "rope_theta": 5e5})
 
 
+def rope_that_mixes_nothing(directory):
+    scaling = {"factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}
+    scaling |= {"rope_type": "llama3", "original_max_position_embeddings": 64}
+    change_config(directory, rope_scaling=scaling)
+
+
+def long_rope(directory):
+    change_config(directory, model_type="phi3", rope_scaling={"type": "longrope"})
+
+
+def short_window(directory):
+    change_config(directory, model_type="phi3", sliding_window=16)
+
+
 def rope_is_a_word(directory):
     change_config(directory, rope_parameters="default")
 
@@ -386,7 +427,10 @@ SPOILT = [
     (config_has_a_string, "num_hidden_layers"),
     (architecture, "gpt_neox"),
     (rope, "yarn"),
-    (new_rope, "llama3"),
+    (new_rope, "factor is None"),
+    (rope_that_mixes_nothing, "low_freq_factor 4.0 is not below high_freq_factor"),
+    (long_rope, "longrope"),
+    (short_window, "sliding_window 16"),
     (a_billion_layers, "only 39 tensors"),
     (rope_is_a_word, "rope_parameters"),
     (small_vocabulary, "97 embeddings"),

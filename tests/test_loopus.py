@@ -162,7 +162,8 @@ def test_published_names():
         ({"encoder_layers": 3}, "split 3,1 of 4"),
         ({"decoder_layers": 0}, "split"),
         ({"num_key_value_heads": 3}, "multiple"),
-        ({"head_dim": 7}, "odd"),
+        ({"head_dim": 7}, "pairs of channels"),
+        ({"partial_rotary_factor": 1.5}, "15 of head_dim 10"),
     ],
 )
 def test_impossible_configs(changes, words):

@@ -1,8 +1,10 @@
 """sample.py, visualize.py and bench.py, run as a user runs them; what bad input leads to."""
 
 import json
+import shutil
 import signal
 import subprocess
+from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -23,7 +25,8 @@ def run_records():
     for step in (1, 2, 3):
         losses = {"loss": 9.0 - step, "lm": 8.0 - step, "mono": 0.1, "q": 0.9}
         progress = {"step": step, "tokens": 9 * step, "lr": 1e-3, "tokens_per_s": 5.0}
-        records.append(progress | losses)
+        by_loop = {"1": [7.5, 0.2, 0.8], str(step + 1): [7.0, 0.0, 0.7]}
+        records.append(progress | losses | {"by_loop": by_loop})
     records.append({"step": 3, "eval": {"pretrained": 5.0, "1": 5.5, "2": 5.6, "4": 5.7, "8": 5.8}})
     return records
 
@@ -136,11 +139,14 @@ def test_visualize_writes_every_figure(checkpoint, corpus, tmp_path):
     source = ["--model", checkpoint, "--data", corpus]
     done = script("visualize.py", *source, *prompts, "--loops", 6, "--out", tmp_path)
     succeeded(done, "proposed", "AUC: right")
-    for name in ("trajectories", "profile", "confidence", "budget", "training"):
+    for name in ("trajectories", "next", "profile", "confidence", "budget", "training", "loops"):
         picture = (tmp_path / f"{name}.png").read_bytes()
         assert picture.startswith(PNG)
         assert len(picture) > 10000
-    assert len(list(tmp_path.iterdir())) == 5
+    assert len(list(tmp_path.iterdir())) == 8
+    page = (tmp_path / "text.html").read_text(encoding="utf-8")
+    assert page.count("the state $h$") == 1
+    assert "http" not in page.replace("<!doctype html>", "")  # it needs no network
 
 
 def test_what_the_figures_show():
@@ -184,6 +190,80 @@ def test_the_profile_and_the_losses_are_the_models():
     assert set(losses) == {"pretrained", 1, 2, 4}
     loss = F.cross_entropy(model(ids, 2)[0, :-1], ids[0, 1:]).item()
     assert losses[2] == pytest.approx(loss)
+
+
+class Letters:
+    """A tokenizer: token i is a character, and some of them mean something in HTML."""
+
+    eos_ids = ()
+
+    def decode(self, ids):
+        return "".join(chr(33 + i) for i in ids)  # ! " # $ % & …
+
+
+def test_the_page_holds_the_text_its_loops_and_what_was_likely():
+    model = small(3, dtype=torch.float32)
+    model.config.exit_threshold = 0.5
+    ids = torch.tensor([[3, 1, 4]])
+    made = list(model.generate(ids, 20, budget=4, exit_threshold=0.5, temperature=0))
+    shown = visualize.continue_for_page(model, Letters(), "<prompt>", ids, 4, 20)
+    reader = Page()
+    reader.feed(shown)
+    assert reader.text[0] == "<prompt>"
+    assert "".join(reader.text[1:]) == Letters().decode([s.tokens.item() for s in made])
+    for facts, step in zip(reader.facts, made, strict=True):
+        loops = step.loops.item()
+        assert facts.startswith(f"{loops} loop") and f"q {step.confidence.item():.3f}" in facts
+        assert len(facts.splitlines()) == 5  # and a line for each of four loops
+
+    shares = visualize.next_shares(model, ids, 4)
+    torch.testing.assert_close(shares[2], model(ids, loops=3)[0, -1].softmax(-1))
+    first = reader.facts[0].splitlines()[3]  # what was likely at loop 3 behind the prompt
+    best = shares[2].topk(5)
+    for token, share in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+        assert f"{chr(33 + token)!r} {share:.2f}" in first
+
+
+class Page(HTMLParser):
+    """The text of a page, apart from what the pointer shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.text, self.facts, self.kinds = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.kinds.append(dict(attrs).get("class"))
+
+    def handle_endtag(self, tag):
+        self.kinds.pop()
+
+    def handle_data(self, data):
+        (self.facts if self.kinds[-1:] == ["facts"] else self.text).append(data)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_a_browser_shows_the_page(tmp_path):
+    """The pointer's facts are hidden, and what is said is seen: by the page's own layout."""
+    model = small(3, dtype=torch.float32)
+    text = visualize.continue_for_page(model, Letters(), "prompt", torch.tensor([[3, 1, 4]]), 4, 9)
+    visualize.write_page([text], 4, tmp_path / "text.html")
+    ask = (
+        "<script>document.title = [...document.querySelectorAll('p .facts')].every("
+        "e => getComputedStyle(e).display === 'none') && document.body.innerText.includes('prompt')"
+        " ? 'as it should be' : 'not so'</script>"
+    )
+    page = tmp_path / "asked.html"
+    page.write_text((tmp_path / "text.html").read_text(encoding="utf-8") + ask, encoding="utf-8")
+    command = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--dump-dom",
+        page.as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "<title>as it should be</title>" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("rule", ["confidence", "cdf", "convergence", "argmax", "kl"])

@@ -13,7 +13,7 @@ import tiny
 from load_weights import load
 
 WORLD = ROOT / "assets" / "tiny"
-FIGURES = {"accuracy.png", "trajectories.png", "profile.png", "confidence.png"}
+FIGURES = {"accuracy.png", "trajectories.png", "profile.png", "confidence.png", "next.png"}
 
 
 # ---- the language --------------------------------------------------------------------------------
