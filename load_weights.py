@@ -2,6 +2,7 @@
 
     python load_weights.py DIR      print what is in a directory, and continue a prompt with it
     python load_weights.py --list   the presets: models with a short name
+    python load_weights.py DIR --export NEW --as huggingface      the trained backbone alone
 
 Two kinds of directory are read. A backbone is a pretrained Llama, Qwen3 or Phi-3 (Phi-4 is one):
 its layers are dealt out to encoder, reasoning block and decoder, and gate and confidence head are
@@ -519,6 +520,8 @@ def published_config(model, tokenizer=None):
     }
     for field in ("model_type", *SIZES, *OPTIONAL_SIZES, "rms_norm_eps", "rope_theta"):
         base[field] = getattr(config, field)
+    if config.model_type == "phi3":
+        base["pad_token_id"] = None  # transformers' default is an id that others may not have
     # Some backbones name their first and last tokens in config.json only.
     if tokenizer is not None and tokenizer.bos_id is not None:
         base["bos_token_id"] = tokenizer.bos_id
@@ -552,8 +555,26 @@ def save(model, tokenizer, directory, tensors=None):
     rename that, as train.py does.
     tensors: {name: tensor} instead of the model's own. Raises InputError.
     """
-    directory = Path(directory)
     state = model.state_dict() if tensors is None else tensors
+    write_model(directory, published_config(model, tokenizer), state, model, tokenizer)
+
+
+def export_backbone(model, tokenizer, directory):
+    """Write the backbone alone, as an ordinary Hugging Face model without gate, head and loops.
+
+    It computes what `forward_pretrained` does: one ungated pass. Raises InputError.
+    """
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(ADDED):
+            state[backbone_name(name, model.config)] = tensor
+    config = published_config(model, tokenizer)["base_config_dict"]
+    write_model(directory, config, state, model, tokenizer)
+
+
+def write_model(directory, config, state, model, tokenizer):
+    """Write config.json, the tokenizer's files and the tensors {name: tensor}."""
+    directory = Path(directory)
     state = fuse(state, model.config)
     state = {name: tensor.contiguous() for name, tensor in state.items()}
 
@@ -562,8 +583,7 @@ def save(model, tokenizer, directory, tensors=None):
 
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        config = json.dumps(published_config(model, tokenizer), indent=2)
-        write_text(directory / "config.json", config + "\n")
+        write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
         if tokenizer is not None:
             for name, content in tokenizer.files.items():
                 write_bytes(directory / name, content)
@@ -587,6 +607,15 @@ def parse_args():
     parser.add_argument("--list", action="store_true", help="list the presets instead")
     parser.add_argument("--split", metavar="E,D", type=parse_split)
     parser.add_argument("--prompt", default="The capital of France is")
+    parser.add_argument("--export", type=Path, metavar="NEW", help="a new folder to write it to")
+    parser.add_argument(
+        "--as",
+        dest="layout",
+        choices=["loopus", "huggingface"],
+        default="loopus",
+        help="of --export: the published LoopUS layout, or an ordinary Hugging Face model, whose "
+        "one pass is the trained layers run once, without gate and head",
+    )
     args = parser.parse_args()
     if not args.directory and not args.list:
         parser.error("name a preset, a directory or a hub id, or give --list")
@@ -666,6 +695,19 @@ def print_continuation(model, tokenizer, prompt):
     print(f"  continued     {text!r} ({how})")
 
 
+def export(model, tokenizer, directory, layout):
+    """Write the model into a new folder, in one of the two layouts."""
+    require(
+        not directory.exists() or (directory.is_dir() and not any(directory.iterdir())),
+        f"--export {directory}: is there already; nothing is overwritten, name another folder",
+    )
+    if layout == "loopus":
+        save(model, tokenizer, directory)
+    else:
+        export_backbone(model, tokenizer, directory)
+    print(f"  written       {directory}, in the layout of {layout}")
+
+
 def main():
     args = parse_args()
     if args.list:
@@ -676,6 +718,8 @@ def main():
     print(directory)
     print_model(model)
     print_tokenizer(tokenizer)
+    if args.export:
+        export(model, tokenizer, args.export, args.layout)
     if tokenizer is not None:
         print_continuation(model, tokenizer, args.prompt)
 

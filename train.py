@@ -36,6 +36,7 @@ from loopus import LoopUS
 
 BUDGETS = (1, 2, 4, 8)  # loops at which the held-out loss is taken
 FINEWEB = "HuggingFaceFW/fineweb-edu/data/CC-MAIN-2025-26"  # the paper's text, shard by shard
+STORIES = "roneneldan/TinyStories"  # what stories15m was pretrained on
 COST = 0.005  # nats a token that leaving loops out may cost, half a percent of perplexity
 PATIENCE = 5  # steps in a row without a finite gradient before a run stops
 
@@ -212,7 +213,7 @@ def parse_args():
     args = parser.parse_args()
     check_flags(parser, args)
     if args.model != "tiny" and not args.data:
-        args.data = FINEWEB
+        args.data = STORIES if args.model == "stories15m" else FINEWEB
     args.out = args.out or Path("out") / Path(args.model).resolve().name
     return args
 

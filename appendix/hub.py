@@ -40,6 +40,7 @@ class Preset(NamedTuple):
 PRESETS = {
     "tiny": Preset(EMBEDDED / "tiny" / "base", (1, 1), 0.0002, "MIT"),
     "tiny-loopus": Preset(EMBEDDED / "tiny" / "loopus", None, 0.0002, "MIT"),
+    "stories15m": Preset("nm-testing/llama2.c-stories15M", (1, 1), 0.024, "MIT"),
     "smollm2-135m": Preset("HuggingFaceTB/SmolLM2-135M", (2, 1), 0.16, "Apache-2.0"),
     "tinyllama": Preset("TinyLlama/TinyLlama_v1.1", (1, 1), 1.10, "Apache-2.0"),
     "qwen3-1.7b": Preset("Qwen/Qwen3-1.7B", (2, 1), 2.03, "Apache-2.0"),

@@ -23,7 +23,7 @@ from conftest import (
 from safetensors.torch import load_file, save_file
 
 from appendix.memory import count
-from load_weights import load, read_config, save
+from load_weights import export_backbone, load, read_config, save
 from loopus import InputError
 
 
@@ -639,6 +639,51 @@ print((peak() - before) / size)
 
 
 # ---- the command ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_an_exported_backbone_is_an_ordinary_model_that_computes_one_ungated_pass(tmp_path, name):
+    write_backbone(tmp_path / "base", name, old=True)
+    model, _ = load(tmp_path / "base", split=(1, 1))
+    with torch.no_grad():  # as if it had been trained
+        for p in model.reasoning.layers.parameters():
+            p.mul_(1.1)
+    export_backbone(model, None, tmp_path / "new")
+    again, _ = load(tmp_path / "new", split=(1, model.config.num_hidden_layers - 2))
+    ids = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(again.forward_pretrained(ids), model.forward_pretrained(ids))
+    found = load_file(tmp_path / "new" / "model.safetensors")
+    stored = load_file(tmp_path / "base" / "model.safetensors")
+    assert found.keys() == stored.keys() | {"lm_head.weight"}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_transformers_opens_an_exported_backbone(tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    write_backbone(tmp_path / "base", name)
+    model, _ = load(tmp_path / "base", split=(1, 1))
+    export_backbone(model, None, tmp_path / "new")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "new", dtype=torch.float32
+    )
+    ids = torch.randint(0, 61, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        torch.testing.assert_close(model.forward_pretrained(ids), expected, rtol=0, atol=2e-4)
+
+
+def test_the_command_exports_and_overwrites_nothing(backbone, tmp_path):
+    for layout in ("loopus", "huggingface"):
+        new = tmp_path / layout
+        command = ["load_weights.py", backbone, "--split", "2,1", "--export", new, "--as", layout]
+        done = script(*command)
+        assert done.returncode == 0 and f"in the layout of {layout}" in done.stdout, done.stderr
+        again = script("load_weights.py", new)
+        assert again.returncode == 0, again.stderr
+        assert ("LoopUS checkpoint" in again.stdout) == (layout == "loopus")
+        assert (new / "tokenizer.json").read_bytes() == (backbone / "tokenizer.json").read_bytes()
+        refused = script(*command)
+        assert refused.returncode == 2 and "nothing is overwritten" in refused.stderr
 
 
 def test_command_prints_what_it_found(backbone):

@@ -310,6 +310,17 @@ def test_checkpointed_layers_save_less_and_give_the_same_gradients():
         assert torch.equal(found[name], expected[name])
 
 
+# ---- flags ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "model, data", [("stories15m", train.STORIES), ("tinyllama", train.FINEWEB), ("tiny", None)]
+)
+def test_a_preset_brings_its_text(model, data, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "--model", model])
+    assert train.parse_args().data == data
+
+
 # ---- the exit threshold --------------------------------------------------------------------------
 
 
