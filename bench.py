@@ -37,7 +37,7 @@ from appendix.fast import (
     compile_layers,
     split_single_token_products,
 )
-from appendix.files import write_text
+from appendix.files import make_folder, write_text
 from appendix.flags import DTYPES, FlagParser, number, pick_device, pick_dtype
 from appendix.memory import keep_freed_memory
 from appendix.optim import fp32_masters, update
@@ -720,12 +720,12 @@ def main():
         except (EOFError, BrokenPipeError):
             raise InputError("a contender ended early; what it said stands above") from None
         return
+    make_folder(args.out.parent)
     if args.model:
         model, _ = load(args.model, device=device, dtype=dtype)
     else:
         model = random_model(args.shape, dtype, device)
     found = decode(args, model, device)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(args.out, json.dumps(found) + "\n")
     print(f"wrote {args.out}")
 

@@ -10,6 +10,7 @@ answers for all budgets in one run of the deepest, since the state after b loops
 Reading order: scoring, the harness, what is printed and written, the command.
 """
 
+import argparse
 import hashlib
 import json
 import logging
@@ -24,8 +25,9 @@ import torch
 
 from appendix.chunks import logits_at_once
 from appendix.errors import InputError, first_line, require, run_main, say
-from appendix.files import read_json, write_text
+from appendix.files import make_folder, read_json, shorten, write_text
 from appendix.flags import FlagParser, add_model_flags, number, pick_device, pick_dtype
+from appendix.hub import find
 from load_weights import load
 from loopus import PROBABILITIES, RULES, THRESHOLDS, Loop, never
 
@@ -35,10 +37,10 @@ INSTALL = "pip install -r requirements-eval.txt"
 
 
 @dataclass
-class Rule:
+class Stopping:
     """When a text's loops end: by a stopping rule of loopus.py and its threshold."""
 
-    name: str
+    rule: str
     threshold: float
 
 
@@ -52,13 +54,13 @@ class Score:
 
 
 @torch.inference_mode()
-def score(model, rows, budgets, rule):
+def score(model, rows, budgets, stopping):
     """Log-likelihoods of continuations.
 
     rows: [(context, continuation)], lists of ids, neither empty. budgets: numbers of loops, or
     "pretrained" for the backbone's one ungated pass. A text is one block: all its tokens take the
-    loops that the rule gives the context's last token, as a prompt's do in generation, and never
-    more than the budget. -> for each row {budget: Score}
+    loops that the stopping rule gives the context's last token, as a prompt's do in generation, and
+    never more than the budget. -> for each row {budget: Score}
     """
     device = model.decoder.norm.weight.device
     most = model.config.max_position_embeddings
@@ -84,6 +86,7 @@ def score(model, rows, budgets, rule):
     if "pretrained" in budgets:
         note(scores, "pretrained", read(model, model.pretrained_loop(h), places, len(rows)), None)
     numbers = [b for b in budgets if b != "pretrained"]
+    rule = RULES[stopping.rule]
     live = torch.ones(len(rows), dtype=torch.bool, device=device)
     loops = torch.zeros(len(rows), dtype=torch.long, device=device)
     confidences = []
@@ -94,12 +97,12 @@ def score(model, rows, budgets, rule):
         loops = loops + live
         confidences.append(model.q_logit(delta[every, last][:, None]).sigmoid())
         decode = partial(logits_at, model, new, span, every, last)
-        loop = Loop(confidences, new[every, last][:, None], h[every, last][:, None], decode)
+        loop = Loop([*confidences], new[every, last][:, None], h[every, last][:, None], decode)
         h = new
         if b in numbers:
             note(scores, b, read(model, h, places, len(rows)), loops)
-        if RULES[rule.name] is not never:
-            live = live & ~RULES[rule.name](loop, before, rule.threshold)
+        if rule is not never:
+            live = live & ~rule(loop, before, stopping.threshold)
         before = loop
     return scores
 
@@ -134,10 +137,10 @@ class Scorer:
     """Scores what the harness asks, all budgets at once, and remembers it in a file of its folder:
     a run that was stopped goes on there."""
 
-    def __init__(self, model, budgets, rule, batch_size, path):
+    def __init__(self, model, budgets, stopping, batch_size, path):
         self.model = model
         self.budgets = budgets
-        self.rule = rule
+        self.stopping = stopping
         self.batch_size = batch_size
         self.path = path
         self.known = {}  # {key of a row: {budget: Score}}
@@ -171,7 +174,7 @@ class Scorer:
         done = 0
         with open(self.path, "a", encoding="utf-8") as file:
             for part in in_batches(new, self.batch_size):
-                found = score(self.model, [new[key] for key in part], self.budgets, self.rule)
+                found = score(self.model, [new[key] for key in part], self.budgets, self.stopping)
                 for key, scores in zip(part, found, strict=True):
                     self.known[key] = scores
                     values = [list(vars(scores[b]).values()) for b in self.budgets]
@@ -183,9 +186,9 @@ class Scorer:
     def generate(self, ids, count, budget, eos_ids, **options):
         """Continue one text: an iterator of loopus.Step."""
         ids = torch.tensor([ids], device=self.model.decoder.norm.weight.device)
-        options |= {"eos_id": eos_ids or None, "exit_threshold": self.rule.threshold}
+        options |= {"eos_id": eos_ids or None, "exit_threshold": self.stopping.threshold}
         if budget != "pretrained":
-            options |= {"budget": budget, "halt": self.rule.name}
+            options |= {"budget": budget, "halt": self.stopping.rule}
             yield from self.model.generate(ids, count, **options)
             return
         gate = self.model.reasoning.gate
@@ -247,10 +250,12 @@ def metrics_of(found, samples):
     """The harness' numbers of a task under our names, and the mean loops of its items."""
     result = {}
     for name, value in found.items():
-        metric, _, filtered = name.partition(",")
-        if filtered == "none" and isinstance(value, (int, float)):
-            result[metric] = value
+        if "," in name and isinstance(
+            value, (int, float)
+        ):  # "acc,none", "exact_match,strict-match"
+            result[name.removesuffix(",none")] = value
     shown = "acc_norm" if "acc_norm" in result else "acc"
+    require(result, "a group that has no number of its own; name its tasks")
     if f"{shown}_stderr" in result:
         result["stderr"] = result[f"{shown}_stderr"]
     result["loops"] = sum(s["loops"] for s in samples) / len(samples)
@@ -263,9 +268,9 @@ def item(task, budget, sample, loops):
     values = [answer[0] for answer in sample["resps"]]
     values = [value[0] if isinstance(value, (tuple, list)) else value for value in values]
     gold = sample["target"]
-    if len(values) > 1 and not isinstance(gold, int):  # winogrande, whose contexts are its choices
+    if len(values) > 1 and not isinstance(gold, int):  # as in winogrande, of several contexts
         doc = sample["doc"]
-        gold = doc["gold"] if "gold" in doc else int(doc["answer"]) - 1
+        gold = doc.get("gold", {"1": 0, "2": 1}.get(doc.get("answer")))
     return {
         "task": task,
         "index": sample["doc_id"],
@@ -276,6 +281,9 @@ def item(task, budget, sample, loops):
     }
 
 
+OURS = ("stderr", "loops", "items")  # of a result, beside the harness' metrics
+
+
 def column_of(result, table):
     """Which number of a task the paper's tables hold: its name and the number."""
     for name in ("word_perplexity", "perplexity"):
@@ -283,7 +291,8 @@ def column_of(result, table):
             return name, result[name]
     if table == "table2" and "acc_norm" in result:
         return "acc_norm", result["acc_norm"] * 100
-    name = "acc" if "acc" in result else next(iter(result))
+    own = [name for name in result if name not in OURS and "_stderr" not in name]
+    name = "acc" if "acc" in result else own[0]
     return name, result[name] * 100
 
 
@@ -331,18 +340,19 @@ def print_paper(table):
 
 
 def is_right(record):
-    """Does the gold choice have the highest log-likelihood?"""
+    """Does the gold choice have the highest log-likelihood? None: no choice, or no gold."""
     values = record["loglikelihoods"]
+    if len(values) < 2 or not isinstance(record["gold"], int):
+        return None
     return values.index(max(values)) == record["gold"]
 
 
 def print_difference(own, other, name):
     """Accuracy of two sets of items.jsonl, item by item: the difference and its 95 % interval."""
-    theirs = {(r["task"], r["index"], r["budget"]): r for r in other}
     groups = {}
     for record in own:
-        twin = theirs.get((record["task"], record["index"], record["budget"]))
-        if twin is not None and len(record["loglikelihoods"]) > 1:
+        twin = other.get((record["task"], record["index"], record["budget"]))
+        if twin is not None and is_right(record) is not None:
             difference = float(is_right(record)) - float(is_right(twin))
             groups.setdefault((record["task"], record["budget"]), []).append(difference)
     require(groups, f"--against {name}: none of its items is among these tasks and budgets")
@@ -362,7 +372,7 @@ def parse_budgets(text):
     for word in text.split(","):
         budgets.append(word if word == "pretrained" else number(int, 1)(word))
     if len(set(budgets)) < len(budgets):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{shorten(text)}: expected each budget once")
     return budgets
 
 
@@ -411,18 +421,25 @@ def load_harness():
     return harness
 
 
-def settings(args):
+def settings(args, directory, dtype, stopping):
     """What scores depend on: a folder's may only be used again where all of it is the same."""
-    names = ("model", "split", "budget", "halt", "threshold", "authors_protocol", "dtype")
-    return {name: str(getattr(args, name)) for name in names}
+    names = ("split", "budget", "halt", "authors_protocol", "special_tokens", "seed")
+    found = {name: str(getattr(args, name)) for name in names}
+    files = sorted(directory.glob("*.safetensors"))
+    written = [f"{path.name} {path.stat().st_mtime_ns}" for path in files]
+    found["model"] = ", ".join([str(directory.resolve()), *written])
+    return found | {"dtype": str(dtype), "threshold": str(stopping.threshold)}
 
 
-def open_folder(args):
-    """Make --out, or go on in it. InputError where it holds another model's scores."""
+def open_folder(args, wanted):
+    """Make --out, or go on in it. InputError where what it holds was scored otherwise.
+
+    wanted: the settings.
+    """
     path = args.out / "settings.json"
     if path.exists():
         found = read_json(path)
-        for name, value in settings(args).items():
+        for name, value in wanted.items():
             flag = name.replace("_", "-")
             require(
                 found.get(name) == value,
@@ -430,8 +447,8 @@ def open_folder(args):
                 f"{value}; choose another folder",
             )
         return
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(settings(args)) + "\n")
+    make_folder(args.out)
+    write_text(path, json.dumps(wanted) + "\n")
 
 
 def evaluate_tasks(args, lm, tasks, scorer):
@@ -474,12 +491,12 @@ def main():
     against = read_items(args.against) if args.against else None
     model, tokenizer = load(args.model, split=args.split, device=device, dtype=dtype)
     require(tokenizer, f"--model {args.model}: no tokenizer.json in it, which text needs")
-    open_folder(args)
     threshold = THRESHOLDS.get(args.halt, model.config.exit_threshold)
-    rule = Rule(args.halt, threshold if args.threshold is None else args.threshold)
+    stopping = Stopping(args.halt, threshold if args.threshold is None else args.threshold)
+    open_folder(args, settings(args, find(args.model)[0], dtype, stopping))
     start = time.perf_counter()
-    scorer = Scorer(model, args.budget, rule, args.batch_size, args.out / "scores.jsonl")
-    lm = harness.Adapter(scorer, tokenizer, args.authors_protocol)
+    scorer = Scorer(model, args.budget, stopping, args.batch_size, args.out / "scores.jsonl")
+    lm = harness.Adapter(scorer, tokenizer, args.authors_protocol, args.special_tokens)
     results, items = evaluate_tasks(args, lm, tasks, scorer)
     write_text(args.out / "results.json", json.dumps(results, indent=1) + "\n")
     write_text(args.out / "items.jsonl", "".join(json.dumps(record) + "\n" for record in items))
@@ -488,19 +505,18 @@ def main():
     if against is not None:
         print_difference(items, against, args.against)
     if args.halt != "none":
-        say(
-            f"\nwith --halt {args.halt} at {rule.threshold:g}: a text's loops are those of its "
-            "context's last token"
-        )
+        at = "" if args.halt == "argmax" else f" at {stopping.threshold:g}"
+        say(f"\nwith --halt {args.halt}{at}: a text's loops are those of its context's last token")
     say(f"\n{time.perf_counter() - start:.0f} s; wrote {args.out}/results.json and items.jsonl")
 
 
 def read_items(folder):
-    """The items of an earlier run."""
+    """The items of an earlier run {(task, index, budget): item}."""
     path = folder / "items.jsonl"
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
+        items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {(r["task"], r["index"], r["budget"]): r for r in items if is_right(r) is not None}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"--against {folder}: no items.jsonl to read in it ({error})") from None
 
 

@@ -505,16 +505,23 @@ def published_config(model, tokenizer=None):
         "qwen3": "Qwen3ForCausalLM",
         "phi3": "Phi3ForCausalLM",
     }[config.model_type]
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    # transformers 5 reads rope_parameters, those before it the fields beside.
+    scaling = {}
+    partial = {}
     if config.rope_scaling:
-        rope |= {"rope_type": "llama3"} | config.rope_scaling
+        original = int(config.rope_scaling["original_max_position_embeddings"])
+        scaling = {"rope_type": "llama3"} | config.rope_scaling
+        scaling["original_max_position_embeddings"] = original
     if config.partial_rotary_factor != 1:
-        rope["partial_rotary_factor"] = config.partial_rotary_factor
+        partial = {"partial_rotary_factor": config.partial_rotary_factor}
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta} | scaling | partial
     base = {
         "architectures": [architecture],
         "hidden_act": "silu",
         "attention_bias": False,
         "rope_parameters": rope,
+        **({"rope_scaling": scaling} if scaling else {}),
+        **partial,
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
     }
@@ -713,9 +720,8 @@ def main():
     if args.list:
         print_presets()
         return
-    directory, known = find(args.directory)
-    model, tokenizer = load(directory, split=args.split or known)
-    print(directory)
+    model, tokenizer = load(args.directory, split=args.split)
+    print(find(args.directory)[0])
     print_model(model)
     print_tokenizer(tokenizer)
     if args.export:

@@ -1,9 +1,10 @@
 """LoopUS: a pretrained language model whose middle layers are run again and again.
 
-The method is that of arXiv 2605.11011. The first layers of a pretrained Llama or Qwen3 encode the
-text once (E). Its middle layers become one block (M) that is run up to B times on the same state.
-Its last layers decode the state (D). Two small parts are new: a gate that decides, for each token
-and channel, how much of the block's proposal enters the state, and a head that says when to stop.
+The method is that of arXiv 2605.11011. The first layers of a pretrained model (a Llama, Qwen3 or
+Phi-3) encode the text once (E). Its middle layers become one block (M) that is run up to B times on
+the same state. Its last layers decode the state (D). Two small parts are new: a gate that decides,
+for each token and channel, how much of the block's proposal enters the state, and a head that says
+when to stop.
 
                      ┌──────────── B times ────────────┐
                      ▼                                 │
@@ -128,7 +129,7 @@ class LoopUSConfig:
         return self.num_hidden_layers - self.encoder_layers - self.decoder_layers
 
 
-# ---- the backbone: one Llama or Qwen3 layer ------------------------------------------------------
+# ---- the backbone: one layer of Llama, Qwen3 or Phi-3 --------------------------------------------
 
 
 @dataclass
@@ -188,8 +189,8 @@ def rotate(x, cos, sin):
 def attend(q, k, v, mask):
     """Each of q (N, H, T, K) attends to its group's k and v (N, G, S, K) -> (N, H, T, K).
 
-    mask (N or 1, 1, T, S), True: may attend. None: the last token sees all, the others what is
-    causal.
+    mask (N or 1, 1, T, S), True: may attend. None: a single token sees all S; of T = S tokens each
+    sees what is causal.
     """
     N, H, T, K = q.shape
     G = k.shape[1]
@@ -485,7 +486,7 @@ class Step:
 
 @dataclass
 class Loop:
-    """One loop of a pass, as a stopping rule sees it: the last token of each row."""
+    """One loop of a pass, as a stopping rule sees it: it judges by the last token of each row."""
 
     confidences: list  # of (N,): q (eq. 9) after each loop so far
     new: torch.Tensor  # (N, T, D) hᵇ, and what it came from:
@@ -516,7 +517,7 @@ def continue_plainly(model, ids, max_new_tokens, stopping, draw, eos_ids, window
         for _ in range(stopping.budget):
             new, delta = model.reasoning(h, span)
             confidences.append(model.q_logit(delta).sigmoid())
-            loop = Loop(confidences, new, h, partial(model.decoder.last, new, span))
+            loop = Loop([*confidences], new, h, partial(model.decoder.last, new, span))
             h = new
             if stopping.rule(loop, before, stopping.threshold).item():
                 break
@@ -797,7 +798,8 @@ def think(model, ids, span, cache, live, stopping):
             span.live = None
         confidences.append(q)
         loops = loops + live
-        loop = Loop(confidences, new, h, partial(model.decoder.last, new, span, cache.decoder))
+        decode = partial(model.decoder.last, new, span, cache.decoder)
+        loop = Loop([*confidences], new, h, decode)
         h = new
         if stopping.rule is not never and b + 1 < stopping.budget:
             live = live & ~stopping.rule(loop, before, stopping.threshold)

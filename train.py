@@ -158,7 +158,7 @@ def evaluate(model, held_out, batch_size, plain, budgets=BUDGETS):
 
 
 @torch.no_grad()
-def follow_tokens(model, ids, targets, budget):
+def losses_and_confidences(model, ids, targets, budget):
     """Loss and confidence of every token that has a target, loop by loop: two of (budget, tokens).
 
     q is taken at every token, as if generation stood there.
@@ -427,8 +427,8 @@ def next_batches(run, batches):
 
 
 def optimizer_step(run, lr, batches, choice):
-    """One step of the optimizer -> mean losses (lm, mono, q), the same by loop (of this process),
-    norm of the gradient, tokens."""
+    """One step of the optimizer -> mean losses (lm, mono, q), the same by loop, norm of the
+    gradient, tokens."""
     args = run.args
     share = 1 / args.accumulate
     records = []
@@ -444,24 +444,16 @@ def optimizer_step(run, lr, batches, choice):
             records += training_step(
                 run.model, ids, args.loops, chosen, share, targets, args.horizon
             )
-    losses = [sum(r[name] for r in records) / len(records) for name in ("lm", "mono", "q")]
-    losses = torch.tensor(losses, device=run.device)
+    losses = torch.tensor([[r[name] for name in ("lm", "mono", "q")] for r in records])
+    losses = losses.to(run.device)  # (records, 3); every process took the same loops
     parallel.average([losses])
     run.optimizer.param_groups[0]["lr"] = lr
     norm = update(run.pairs, run.optimizer, args.clip)  # averages the gradients over processes
-    return losses.tolist(), by_loop(records), norm, tokens
-
-
-def by_loop(records):
-    """Mean losses {loop, from 1: [lm, mono, q]} of training_step's records."""
-    found = {}
-    for record in records:
-        losses = [record[name] for name in ("lm", "mono", "q")]
-        found.setdefault(record["loop"] + 1, []).append(losses)
-    means = {}
-    for loop, rows in sorted(found.items()):
-        means[loop] = [round(sum(column) / len(rows), 5) for column in zip(*rows, strict=True)]
-    return means
+    loops = torch.tensor([record["loop"] + 1 for record in records])
+    by_loop = {}
+    for loop in loops.unique().tolist():
+        by_loop[loop] = losses[loops == loop].mean(0).tolist()
+    return losses.mean(0).tolist(), by_loop, norm, tokens
 
 
 def report_held_out(run, held_out, progress, log):
@@ -494,7 +486,7 @@ def calibrate(run, held_out):
     size = run.args.batch_size
     parts = []
     for ids, targets in zip(*(x.split(size) for x in held_out), strict=True):
-        parts.append(follow_tokens(run.model, ids, targets, max(BUDGETS)))
+        parts.append(losses_and_confidences(run.model, ids, targets, max(BUDGETS)))
     losses, confidences = (torch.cat(x, dim=1).float() for x in zip(*parts, strict=True))
     found = find_threshold(losses, confidences)
     run.model.config.exit_threshold = found[0]

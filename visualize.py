@@ -509,6 +509,8 @@ def continue_for_page(model, tokenizer, text, ids, budget, count):
     shown = tokenizer.decode(ids[0].tolist())
     for i, step in enumerate(steps, ids.shape[1]):  # the token in place i, which i - 1 predicted
         now = tokenizer.decode(whole[: i + 1])
+        if now.endswith("\ufffd"):  # a character whose other bytes are still to come
+            now = now[: len(shown)]
         piece = now[len(shown) :]
         spans.append(token_html(piece, step, tokens[:, i - 1], shares[:, i - 1], tokenizer, budget))
         shown = now
@@ -676,7 +678,8 @@ def draw_loops(records, path):
             found = {}  # {loop: values}
             for record in part:
                 for loop, losses in record["by_loop"].items():
-                    found.setdefault(int(loop), []).append(losses[i])
+                    if losses[i] is not None:  # null: it was not finite
+                        found.setdefault(int(loop), []).append(losses[i])
             loops = sorted(found)
             means = [sum(found[loop]) / len(found[loop]) for loop in loops]
             steps = f"steps {part[0]['step']} to {part[-1]['step']}"

@@ -57,6 +57,14 @@ def write_bytes(path, content):
     write_whole(path, write)
 
 
+def make_folder(path):
+    """Make a folder for what --out names. InputError where it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {path}: not writable ({error}); choose another folder") from None
+
+
 def sha256(path):
     """SHA-256 of a file, in hexadecimal digits."""
     with open(path, "rb") as file:

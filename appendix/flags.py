@@ -20,12 +20,20 @@ DTYPES = {
 LARGEST = {int: 10**12, float: 1e38}  # more is a slip of the hand
 
 
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with a flag's default, unless it has none or its words name it."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False) or "default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 class FlagParser(argparse.ArgumentParser):
     """argparse's parser, its defaults in the help and its errors as short as ours."""
 
     def __init__(self, description):
-        defaults = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(description=description, formatter_class=defaults)
+        super().__init__(description=description, formatter_class=Defaults)
 
     def parse_args(self):
         args = super().parse_args()

@@ -5,6 +5,7 @@ tasks, then the Adapter, which is a model in the harness' eyes.
 """
 
 import difflib
+import itertools
 import json
 import re
 import sys
@@ -22,6 +23,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks.wikitext import preprocess_wikitext
 
 from appendix.errors import InputError, require
+from appendix.files import shorten
 
 COMMON = ["hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande", "openbookqa"]
 TABLES = {"table1": ["wikitext", "lambada_openai", "mmlu", *COMMON], "table2": COMMON}
@@ -37,7 +39,8 @@ def tasks_by_name(names, folder):
     """
     wanted = TABLES.get(names) or names.split(",")
     if folder is None:
-        known = TaskManager().all_tasks
+        manager = TaskManager()
+        known = [*manager.all_subtasks, *manager.all_groups]
         for name in wanted:
             close = difflib.get_close_matches(name, known, n=3)
             hint = f" (did you mean {' or '.join(close)}?)" if close else ""
@@ -112,8 +115,12 @@ def local_items(path, fields):
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".txt":
-            return [{"page": page} for page in pages(text)]
+            found = [{"page": page} for page in pages(text)]
+            require(found, f'{path}: no heading like " = Name = ", with which an article begins')
+            return found
         items = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except InputError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as lines of JSON ({error})") from None
     for number, item in enumerate(items, 1):
@@ -124,6 +131,16 @@ def local_items(path, fields):
                 f'{path}, line {number}: expected "{name}" to be of type {kind.__name__}, found '
                 f"{type(found).__name__}",
             )
+        for choice in item.get("choices", item.get("contexts", [""])):
+            require(
+                isinstance(choice, str) and (choice or "choices" not in fields),
+                f"{path}, line {number}: a choice is {shorten(choice)}, expected some text",
+            )
+        require(
+            "gold" not in fields
+            or 0 <= item["gold"] < len(item.get("choices", item.get("contexts"))),
+            f"{path}, line {number}: gold is {item.get('gold')}, expected the number of a choice",
+        )
     require(items, f"{path}: no item in it")
     return [{name: item[name] for name in fields} for item in items]
 
@@ -133,7 +150,7 @@ def pages(text):
     heading = re.compile(r"^ = [^=].*[^=] = $")
     lines = text.splitlines(keepends=True)
     starts = [i for i, line in enumerate(lines) if heading.match(line.rstrip("\n"))]
-    return ["".join(lines[a:b]) for a, b in zip(starts, [*starts[1:], None], strict=True)]
+    return ["".join(lines[a:b]) for a, b in itertools.pairwise([*starts, len(lines)])]
 
 
 def local_task(folder, name):
@@ -159,20 +176,17 @@ def local_task(folder, name):
 class Adapter(TemplateLM):
     """A model as the harness knows it. `budget`: which of the scorer's budgets it answers for."""
 
-    def __init__(self, scorer, tokenizer, authors_protocol):
+    def __init__(self, scorer, tokenizer, authors_protocol, special):
         super().__init__()
         self.scorer = scorer
         self.words = tokenizer
         self.authors_protocol = authors_protocol
+        self.special = special  # are texts of special tokens these tokens?
         self.budget = None
-        self.loops = {}  # {arguments of a request: the loops that it took}
+        self.loops = {}  # {arguments of a request: [the loops that it took]}
         self.longest = scorer.model.config.max_position_embeddings
         if authors_protocol:
             self.longest = min(self.longest, 1024)
-        require(
-            self.prefix_token_id is not None,
-            f"{tokenizer.path}: names neither a first nor an end token",
-        )
 
     @property
     def eot_token_id(self):
@@ -181,16 +195,22 @@ class Adapter(TemplateLM):
     @property
     def prefix_token_id(self):
         """What stands before a text that has nothing before it."""
-        return self.words.eos_id if self.words.bos_id is None else self.words.bos_id
+        found = self.words.eos_id if self.words.bos_id is None else self.words.bos_id
+        require(
+            found is not None,
+            f"{self.words.path}: names neither a first nor an end token, and one of them has to "
+            "stand before a text that has nothing before it",
+        )
+        return found
 
     def tok_encode(self, string, add_special_tokens=None, **_):
         """Ids; with a first token where the tokenizer puts one and the text has none."""
         if self.authors_protocol:
-            return self.words.encode(string, special=True)
+            return self.words.encode(string, special=self.special)
         bos = self.words.add_bos if add_special_tokens is None else add_special_tokens
         if bos and string.startswith(self.words.decode([self.words.bos_id])):
             bos = False
-        return self.words.encode(string, bos=bos, special=True)
+        return self.words.encode(string, bos=bos, special=self.special)
 
     def _encode_pair(self, context, continuation):
         if self.authors_protocol:
@@ -205,11 +225,12 @@ class Adapter(TemplateLM):
                 f"{continuation[:40]!r} behind {context[-40:]!r}: {len(after)} tokens; the model "
                 f"takes 1 to {self.longest}",
             )
-            rows.append((before, after))
+            before = before or [self.prefix_token_id]  # the context was white space
+            rows.append((before[-(self.longest + 1 - len(after)) :], after))
         answers = []
         for (asked, _, _), scores in zip(requests, self.scorer.score(rows), strict=True):
             found = scores[self.budget]
-            self.loops[asked] = found.loops
+            self.loops.setdefault(asked, []).append(found.loops)
             answers.append((found.loglikelihood, found.greedy))
         return answers
 
@@ -229,7 +250,7 @@ class Adapter(TemplateLM):
         for i, scores in zip(owners, self.scorer.score(rows), strict=True):
             found = scores[self.budget]
             totals[i] += found.loglikelihood
-            self.loops[requests[i].args] = found.loops
+            self.loops.setdefault(requests[i].args, []).append(found.loops)
         return totals
 
     def generate_until(self, requests, **_):
@@ -240,7 +261,11 @@ class Adapter(TemplateLM):
         wanted = normalize_gen_kwargs(asked, 256)
         stops = [stop for stop in handle_stop_sequences(wanted["until"], None) if stop]
         count = wanted["max_gen_toks"]
-        ids = self.tok_encode(context)[-(self.longest - count) :]
+        require(
+            count < self.longest,
+            f"{count} new tokens are asked for, and the model's context is {self.longest}",
+        )
+        ids = self.tok_encode(context)[-(self.longest - count) :] or [self.prefix_token_id]
         options = {name: wanted.get(name) for name in ("top_k", "top_p")}
         options["temperature"] = wanted["temperature"] if wanted["do_sample"] else 0
         made = []
@@ -253,13 +278,13 @@ class Adapter(TemplateLM):
             text = self.words.decode(made)
             if any(stop in text for stop in stops):
                 break
-        self.loops[context] = sum(loops) / max(len(loops), 1)
+        self.loops.setdefault(context, []).extend(loops)
         return postprocess_generated_text(self.words.decode(made), stops, None)
 
     def loops_of(self, sample):
         """Mean loops of an item's requests."""
         found = []
         for arguments in map(tuple, sample["arguments"]):
-            by_text = self.loops.get(arguments[0])  # of a text that was generated
-            found.append(by_text if by_text is not None else self.loops[arguments])
-        return sum(found) / len(found)
+            of_text = self.loops.get(arguments[0], [])  # of one that was continued
+            found += of_text or self.loops.get(arguments, [])
+        return sum(found) / max(len(found), 1)

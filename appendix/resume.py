@@ -292,6 +292,8 @@ def finite(value):
     """A record with null instead of numbers that JSON does not have."""
     if isinstance(value, dict):
         return {name: finite(x) for name, x in value.items()}
+    if isinstance(value, list):
+        return [finite(x) for x in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

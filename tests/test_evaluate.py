@@ -3,8 +3,10 @@
 What needs lm-evaluation-harness is skipped without it: pip install -r requirements-eval.txt.
 """
 
+import argparse
 import importlib.util
 import json
+import re
 
 import pytest
 import torch
@@ -12,10 +14,11 @@ from conftest import SHARED, refused, script, small, succeeded, write_backbone_w
 
 import evaluate
 from load_weights import load
+from loopus import InputError
 
 NO_HARNESS = importlib.util.find_spec("lm_eval") is None
 needs_harness = pytest.mark.skipif(NO_HARNESS, reason="needs lm-evaluation-harness")
-NEVER = evaluate.Rule("none", 0.0)
+NEVER = evaluate.Stopping("none", 0.0)
 
 
 def rows():
@@ -69,7 +72,7 @@ def test_the_likeliest_continuation_is_greedy():
 @pytest.mark.parametrize("halt", ["confidence", "cdf", "convergence", "argmax", "kl"])
 def test_a_text_takes_the_loops_that_generation_gives_its_context(halt):
     model = small(0)
-    rule = evaluate.Rule(halt, {"convergence": 8.0, "kl": 0.3}.get(halt, 0.55))
+    rule = evaluate.Stopping(halt, {"convergence": 8.0, "kl": 0.3}.get(halt, 0.55))
     found = evaluate.score(model, rows()[:5], [2, 6], rule)
     loops = set()
     for (context, continuation), scores in zip(rows()[:5], found, strict=True):
@@ -106,6 +109,7 @@ def test_paired_differences(capsys):
 
     own = [record(i, [0.0, -1.0]) for i in range(10)]
     other = [record(i, [0.0, -1.0 if i < 6 else 1.0]) for i in range(10)]
+    other = {(r["task"], r["index"], r["budget"]): r for r in other}
     evaluate.print_difference(own, other, "other")
     assert "+40.00 ± " in capsys.readouterr().out
 
@@ -159,7 +163,7 @@ def compare_with_the_harness(model_directory, split, local, tmp_path):
     harness = evaluate.load_harness()
     model, tokenizer = load(model_directory, split=split, dtype=torch.float32)
     scorer = evaluate.Scorer(model, ["pretrained"], NEVER, 4, tmp_path / "scores.jsonl")
-    ours = harness.Adapter(scorer, tokenizer, False)
+    ours = harness.Adapter(scorer, tokenizer, False, False)
     ours.budget = "pretrained"
     theirs = HFLM(str(model_directory), device="cpu", dtype="float32", batch_size=4)
     tasks = harness.tasks_by_name("table1", local)
@@ -255,3 +259,31 @@ def test_the_command_prints_and_writes_and_goes_on(local, tmp_path):
 def test_bad_input(flags, words, tmp_path):
     (tmp_path / "piqa.jsonl").write_text('{"query": "a", "choices": "b", "gold": 0}\n')
     refused(script("evaluate.py", *flags, cwd=tmp_path), *words)
+
+
+@needs_harness
+@pytest.mark.parametrize(
+    "name, line, words",
+    [
+        ("piqa", '{"query": "a", "choices": ["b", ""], "gold": 0}', "a choice is ''"),
+        ("piqa", '{"query": "a", "choices": [1, 2], "gold": 0}', "a choice is 1"),
+        ("piqa", '{"query": "a", "choices": ["b", "c"], "gold": 2}', "gold is 2"),
+        ("lambada_openai", '{"query": "a"}', '"target"'),
+        ("piqa", "{", "not readable"),
+        ("piqa", "", "no item"),
+    ],
+)
+def test_items_of_another_shape_are_refused_by_line(name, line, words, tmp_path):
+    harness = evaluate.load_harness()
+    (tmp_path / f"{name}.jsonl").write_text(line + "\n")
+    with pytest.raises(InputError, match=re.escape(words)):
+        harness.tasks_by_name(name, tmp_path)
+
+
+def test_another_models_scores_are_not_taken_for_this_ones(tmp_path):
+    """A run's folder stands for its newest checkpoint, so its name alone does not tell a model."""
+    args = argparse.Namespace(out=tmp_path / "out")
+    evaluate.open_folder(args, {"model": "a, model.safetensors 1"})
+    evaluate.open_folder(args, {"model": "a, model.safetensors 1"})
+    with pytest.raises(InputError, match="choose another folder"):
+        evaluate.open_folder(args, {"model": "a, model.safetensors 2"})

@@ -100,6 +100,9 @@ def test_a_run_logs_every_step_and_every_evaluation(trained):
         assert record.keys() >= {"lr", "loss", "lm", "mono", "q"}
         assert math.isfinite(record["loss"])
         assert record["loss"] == pytest.approx(record["lm"] + record["mono"] + record["q"])
+        lm = [losses[0] for losses in record["by_loop"].values()]
+        assert min(lm) <= record["lm"] + 1e-6 and record["lm"] <= max(lm) + 1e-6
+        assert 2 <= len(lm) <= 4  # supervised twice a step, of four loops
     first = json.loads((trained / "a" / "log.jsonl").read_text().splitlines()[1])
     assert first["tokens_per_s"] > 0
 
@@ -400,7 +403,11 @@ def assert_same_but_for_rounding(a, b):
         if "eval" in expected:
             assert found["eval"] == pytest.approx(expected["eval"], rel=1e-5)
         else:
+            loops, expected_loops = found.pop("by_loop"), expected.pop("by_loop")
             assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+            assert loops.keys() == expected_loops.keys()
+            for loop, losses in expected_loops.items():
+                assert loops[loop] == pytest.approx(losses, rel=1e-5, abs=1e-6)
     found = state(a)
     for (file, name), x in state(b).items():
         if not name.endswith(".exp_avg_sq"):

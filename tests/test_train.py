@@ -370,11 +370,11 @@ def test_loops_that_bring_nothing_are_left_out_whatever_the_head_says():
 
 
 def test_what_is_followed_is_what_generation_meets():
-    """Loss and q of the last token, with a fixed budget, by generate and by follow_tokens."""
+    """Loss and q of the last token, with a fixed budget, as generate finds them."""
     model, ids = small(3), torch.randint(0, 50, (3, 7), generator=torch.Generator().manual_seed(1))
     targets = train.next_tokens(ids)
     targets[:, -1] = 5
-    losses, confidences = train.follow_tokens(model, ids, targets, 4)
+    losses, confidences = train.losses_and_confidences(model, ids, targets, 4)
     assert losses.shape == confidences.shape == (4, 3 * 7)
     for b in range(4):
         step = next(model.generate(ids, 1, budget=b + 1, halt="none", temperature=0))
