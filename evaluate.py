@@ -12,6 +12,7 @@ Reading order: scoring, the harness, what is printed and written, the command.
 
 import argparse
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ from appendix.flags import FlagParser, add_model_flags, number, pick_device, pic
 from appendix.hub import find
 from load_weights import load
 from loopus import PROBABILITIES, RULES, THRESHOLDS, Loop, never
+from visualize import LINES, finish, panels, ticks_at
 
 INSTALL = "pip install -r requirements-eval.txt"
 
@@ -326,6 +328,29 @@ def print_results(results, budgets, table):
     print(f"{'mean loops':34}" + "  ".join(f"{cell:>16}" for cell in loops))
 
 
+def draw_sweep(results, budgets, table, path):
+    """Fig. 5: quality by number of loops, a line a task, the backbone's own one thin; accuracies on
+    the left, perplexities on the right. budgets: of several numbers of loops."""
+    numbers = [b for b in budgets if b != "pretrained"]
+    fig, axes = panels(2, 11, 4)
+    lines = itertools.cycle(LINES)
+    for task, by_budget in results.items():
+        columns = [column_of(by_budget[str(b)], table) for b in numbers]
+        name, _ = columns[0]
+        ax = axes[0, 1] if "perplexity" in name else axes[0, 0]
+        line = next(lines)
+        ax.plot(numbers, [value for _, value in columns], **line, ms=4, label=f"{task}, {name}")
+        if "pretrained" in budgets:
+            _, value = column_of(by_budget["pretrained"], table)
+            ax.axhline(value, color=line["color"], lw=0.8, alpha=0.6)
+    for ax, title in zip(axes[0], ("accuracy (%)", "perplexity"), strict=True):
+        ax.set(title=title, xlabel="loops", xscale="log")
+        ticks_at(ax, numbers)
+        if ax.lines:
+            ax.legend(fontsize=7)
+    finish(fig, path)
+
+
 def print_paper(table):
     """The paper's numbers beside which a table is read."""
     if table == "table1":
@@ -502,6 +527,8 @@ def main():
     write_text(args.out / "items.jsonl", "".join(json.dumps(record) + "\n" for record in items))
     print_results(results, args.budget, args.tasks)
     print_paper(args.tasks)
+    if len([b for b in args.budget if b != "pretrained"]) > 2:
+        draw_sweep(results, args.budget, args.tasks, args.out / "budgets.png")
     if against is not None:
         print_difference(items, against, args.against)
     if args.halt != "none":

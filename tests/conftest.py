@@ -200,14 +200,14 @@ def write_shards(directory, tensors, shards):
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def write_backbone_with_words(directory):
+def write_backbone_with_words(directory, name="llama_gqa"):
     """Write a small backbone with a tokenizer, and room in its embedding for that; -> directory."""
     directory.mkdir()
     for file in (GOLDEN / "bytelevel").iterdir():
         (directory / file.name).write_bytes(file.read_bytes())
     tokenizer = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
     vocab_size = len(tokenizer["model"]["vocab"]) + len(tokenizer["added_tokens"])
-    config = BACKBONES["llama_gqa"] | {"vocab_size": vocab_size}
+    config = BACKBONES[name] | {"vocab_size": vocab_size}
     (directory / "config.json").write_text(json.dumps(config))
     save_file(backbone_tensors(config), directory / "model.safetensors")
     return directory

@@ -114,6 +114,22 @@ def test_paired_differences(capsys):
     assert "+40.00 ± " in capsys.readouterr().out
 
 
+def test_the_sweep_is_drawn(tmp_path):
+    def result(x):
+        return {"acc": x, "acc_stderr": 0.1, "stderr": 0.1, "loops": 1.0, "items": 9}
+
+    budgets = ["pretrained", 1, 2, 8]
+    results = {
+        "piqa": {str(b): result(0.1 * i) for i, b in enumerate(budgets)},
+        "wikitext": {str(b): {"word_perplexity": 9.0 + i} for i, b in enumerate(budgets)},
+    }
+    evaluate.draw_sweep(results, budgets, "table1", tmp_path / "budgets.png")
+    assert (tmp_path / "budgets.png").stat().st_size > 10_000
+    assert evaluate.column_of(result(0.5), "table2") == ("acc", 50.0)
+    other = {"exact_match,strict-match": 0.25, "loops": 2.0, "items": 4}
+    assert evaluate.column_of(other, "gsm8k") == ("exact_match,strict-match", 25.0)
+
+
 @pytest.mark.skipif(not NO_HARNESS, reason="the harness is here")
 def test_without_the_harness_one_line_says_how_to_install_it(tmp_path):
     done = script("evaluate.py", "--out", tmp_path / "out", cwd=tmp_path)
@@ -144,9 +160,9 @@ def local(tmp_path_factory):
     return folder
 
 
-def write_model(folder):
+def write_model(folder, kind="llama_gqa"):
     """A random backbone whose context is long enough for the items' longest continuation."""
-    model = write_backbone_with_words(folder / "base")
+    model = write_backbone_with_words(folder / "base", kind)
     names = {"bos_token": "<s>", "eos_token": "<|end|>"}  # as this version of transformers wants
     (model / "tokenizer_config.json").write_text(json.dumps(names))
     config = json.loads((model / "config.json").read_text())
@@ -192,8 +208,9 @@ def compare_with_the_harness(model_directory, split, local, tmp_path):
 
 
 @needs_harness
-def test_the_pretrained_model_gets_the_harness_own_numbers(local, tmp_path):
-    model = write_model(tmp_path)
+@pytest.mark.parametrize("kind", ["llama_gqa", "qwen3"])
+def test_the_pretrained_model_gets_the_harness_own_numbers(local, tmp_path, kind):
+    model = write_model(tmp_path, kind)
     compare_with_the_harness(model, (1, 1), local, tmp_path)
 
 
