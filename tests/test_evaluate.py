@@ -163,7 +163,8 @@ def local(tmp_path_factory):
 def write_model(folder, kind="llama_gqa"):
     """A random backbone whose context is long enough for the items' longest continuation."""
     model = write_backbone_with_words(folder / "base", kind)
-    names = {"bos_token": "<s>", "eos_token": "<|end|>"}  # as this version of transformers wants
+    # As this version of transformers wants; without a pad the harness adds one to the vocabulary.
+    names = {"bos_token": "<s>", "eos_token": "<|end|>", "pad_token": "<s>"}
     (model / "tokenizer_config.json").write_text(json.dumps(names))
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))

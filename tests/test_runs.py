@@ -25,7 +25,7 @@ from appendix.optim import fp32_masters
 from load_weights import load
 
 TESTS = Path(__file__).resolve().parent
-KILLS = 6  # moments at which a run is killed; 20 were tried once
+KILLS = 4  # moments at which a run is killed; 20 were tried once
 RECIPE = flags(
     "--steps 4 --batch-size 2 --accumulate 2 --seq-len 32 --lr 1e-3 --loops 4 --supervised 2"
     " --eval-every 2 --eval-sequences 3"
