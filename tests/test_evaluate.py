@@ -6,7 +6,9 @@ What needs lm-evaluation-harness is skipped without it: pip install -r requireme
 import argparse
 import importlib.util
 import json
+import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ import evaluate
 from load_weights import load
 from loopus import InputError
 
+SMOLLM2 = Path(os.environ.get("LOOPUS_SMOLLM2", "~/.cache/loopus/smollm2-135m-instruct"))
+SMOLLM2 = SMOLLM2.expanduser()
 NO_HARNESS = importlib.util.find_spec("lm_eval") is None
 needs_harness = pytest.mark.skipif(NO_HARNESS, reason="needs lm-evaluation-harness")
 NEVER = evaluate.Stopping("none", 0.0)
@@ -218,9 +222,9 @@ def test_the_pretrained_model_gets_the_harness_own_numbers(local, tmp_path, kind
 @needs_harness
 @pytest.mark.slow
 def test_smollm2_gets_the_harness_own_numbers(local, tmp_path):
-    model = SHARED.parent / "smollm2-135m-instruct"
-    if not model.exists():
-        pytest.skip("needs SmolLM2")
+    if not SMOLLM2.exists():
+        pytest.skip(f"needs SmolLM2 in {SMOLLM2}")
+    model = SMOLLM2
     compare_with_the_harness(model, (2, 1), local, tmp_path)
 
 
