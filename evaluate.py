@@ -24,13 +24,13 @@ from pathlib import Path
 
 import torch
 
-from appendix.chunks import logits_at_once
 from appendix.errors import InputError, first_line, require, run_main, say
 from appendix.files import make_folder, read_json, shorten, write_text
 from appendix.flags import FlagParser, add_model_flags, number, pick_device, pick_dtype
 from appendix.hub import find
 from load_weights import load
 from loopus import PROBABILITIES, RULES, THRESHOLDS, Loop, never
+from train import token_losses
 from visualize import LINES, finish, panels, ticks_at
 
 INSTALL = "pip install -r requirements-eval.txt"
@@ -39,7 +39,7 @@ INSTALL = "pip install -r requirements-eval.txt"
 
 
 @dataclass
-class Stopping:
+class Halt:
     """When a text's loops end: by a stopping rule of loopus.py and its threshold."""
 
     rule: str
@@ -56,7 +56,7 @@ class Score:
 
 
 @torch.inference_mode()
-def score(model, rows, budgets, stopping):
+def score(model, rows, budgets, halt):
     """Log-likelihoods of continuations.
 
     rows: [(context, continuation)], lists of ids, neither empty. budgets: numbers of loops, or
@@ -88,7 +88,7 @@ def score(model, rows, budgets, stopping):
     if "pretrained" in budgets:
         note(scores, "pretrained", read(model, model.pretrained_loop(h), places, len(rows)), None)
     numbers = [b for b in budgets if b != "pretrained"]
-    rule = RULES[stopping.rule]
+    rule = RULES[halt.rule]
     live = torch.ones(len(rows), dtype=torch.bool, device=device)
     loops = torch.zeros(len(rows), dtype=torch.long, device=device)
     confidences = []
@@ -104,7 +104,7 @@ def score(model, rows, budgets, stopping):
         if b in numbers:
             note(scores, b, read(model, h, places, len(rows)), loops)
         if rule is not never:
-            live = live & ~rule(loop, before, stopping.threshold)
+            live = live & ~rule(loop, before, halt.threshold)
         before = loop
     return scores
 
@@ -117,14 +117,13 @@ def logits_at(model, h, span, rows, columns):
 def read(model, h, places, rows):
     """Of each row's continuation under D(h) the log-likelihood and how many tokens are not the
     likeliest: two of (rows,). places (3, tokens): row, column and token of what is predicted."""
-    x = model.decoder.layers(h, model.span(h.shape[1]))[places[0], places[1]]  # (tokens, D)
-    total = torch.zeros(rows, dtype=torch.float64, device=h.device)
-    missed = torch.zeros(rows, dtype=torch.long, device=h.device)
-    size = max(1, logits_at_once(h.device) // model.config.vocab_size)
-    for part, (row, _, token) in zip(x.split(size), places.split(size, dim=1), strict=True):
-        log_p = model.decoder.logits(part).float().log_softmax(-1)
-        total.index_add_(0, row, log_p.gather(1, token[:, None])[:, 0].double())
-        missed.index_add_(0, row, (log_p.argmax(-1) != token).long())
+    row, column, token = places
+    x = model.decoder.layers(h, model.span(h.shape[1]))[row, column]  # (tokens, D)
+    loss, right = (found[0] for found in token_losses(model, x[None], token[None]))
+    total = torch.zeros(rows, dtype=torch.float64, device=h.device).index_add(
+        0, row, -loss.double()
+    )
+    missed = torch.zeros(rows, dtype=torch.long, device=h.device).index_add(0, row, (~right).long())
     return total, missed
 
 
@@ -139,10 +138,10 @@ class Scorer:
     """Scores what the harness asks, all budgets at once, and remembers it in a file of its folder:
     a run that was stopped goes on there."""
 
-    def __init__(self, model, budgets, stopping, batch_size, path):
+    def __init__(self, model, budgets, halt, batch_size, path):
         self.model = model
         self.budgets = budgets
-        self.stopping = stopping
+        self.halt = halt
         self.batch_size = batch_size
         self.path = path
         self.known = {}  # {key of a row: {budget: Score}}
@@ -176,7 +175,7 @@ class Scorer:
         done = 0
         with open(self.path, "a", encoding="utf-8") as file:
             for part in in_batches(new, self.batch_size):
-                found = score(self.model, [new[key] for key in part], self.budgets, self.stopping)
+                found = score(self.model, [new[key] for key in part], self.budgets, self.halt)
                 for key, scores in zip(part, found, strict=True):
                     self.known[key] = scores
                     values = [list(vars(scores[b]).values()) for b in self.budgets]
@@ -188,9 +187,9 @@ class Scorer:
     def generate(self, ids, count, budget, eos_ids, **options):
         """Continue one text: an iterator of loopus.Step."""
         ids = torch.tensor([ids], device=self.model.decoder.norm.weight.device)
-        options |= {"eos_id": eos_ids or None, "exit_threshold": self.stopping.threshold}
+        options |= {"eos_id": eos_ids or None, "exit_threshold": self.halt.threshold}
         if budget != "pretrained":
-            options |= {"budget": budget, "halt": self.stopping.rule}
+            options |= {"budget": budget, "halt": self.halt.rule}
             yield from self.model.generate(ids, count, **options)
             return
         gate = self.model.reasoning.gate
@@ -252,9 +251,8 @@ def metrics_of(found, samples):
     """The harness' numbers of a task under our names, and the mean loops of its items."""
     result = {}
     for name, value in found.items():
-        if "," in name and isinstance(
-            value, (int, float)
-        ):  # "acc,none", "exact_match,strict-match"
+        is_metric = "," in name  # as in "acc,none" and "exact_match,strict-match"
+        if is_metric and isinstance(value, (int, float)):
             result[name.removesuffix(",none")] = value
     shown = "acc_norm" if "acc_norm" in result else "acc"
     require(result, "a group that has no number of its own; name its tasks")
@@ -298,34 +296,39 @@ def column_of(result, table):
     return name, result[name] * 100
 
 
+def cell_of(value, error=None):
+    """A number as the table shows it, with its standard error where there is one."""
+    shown = f"{value:9.2f}" if value < 1e5 else f"{value:9.3g}"
+    spread = f" ± {error:<4.3g}" if isinstance(error, float) else " " * 7
+    return shown + spread
+
+
+def print_row(label, cells):
+    print(f"{label:34}" + "  ".join(f"{cell:>16}" for cell in cells))
+
+
 def print_results(results, budgets, table):
     """A line a task: its metric, and its value ± standard error at each budget."""
-    heading = "  ".join(f"{budget!s:>16}" for budget in budgets)
-    print(f"\n{'task':18}{'metric':16}{heading}")
-    means = {budget: [] for budget in budgets}
+    print()
+    print_row(f"{'task':18}metric", budgets)
+    accuracies = {budget: [] for budget in budgets}
+    loops = {budget: [] for budget in budgets}
     for task, by_budget in results.items():
         cells = []
         for budget in budgets:
             result = by_budget[str(budget)]
             name, value = column_of(result, table)
             error = result.get(f"{name}_stderr")
-            scale = 1 if "perplexity" in name else 100
-            has_error = isinstance(error, float)
-            shown = f"{value:9.2f}" if value < 1e5 else f"{value:9.3g}"
-            spread = f" ± {error * scale:<4.3g}" if has_error else " " * 7
-            cells.append(shown + spread)
+            loops[budget].append(result["loops"])
             if "perplexity" not in name:
-                means[budget].append(value)
-        print(f"{task:18}{name:16}" + "  ".join(f"{cell:>16}" for cell in cells))
-    if len(means[budgets[0]]) > 1:
-        cells = [f"{sum(values) / len(values):9.2f}" + " " * 7 for values in means.values()]
-        label = f"mean of {len(means[budgets[0]])}"
-        print(f"{label:34}" + "  ".join(f"{cell:>16}" for cell in cells))
-    loops = []
-    for budget in budgets:
-        of_tasks = [by_budget[str(budget)]["loops"] for by_budget in results.values()]
-        loops.append(f"{sum(of_tasks) / len(of_tasks):9.2f}" + " " * 7)
-    print(f"{'mean loops':34}" + "  ".join(f"{cell:>16}" for cell in loops))
+                accuracies[budget].append(value)
+                error = error * 100 if isinstance(error, float) else None
+            cells.append(cell_of(value, error))
+        print_row(f"{task:18}{name}", cells)
+    count = len(accuracies[budgets[0]])
+    if count > 1:
+        print_row(f"mean of {count}", [cell_of(sum(x) / count) for x in accuracies.values()])
+    print_row("mean loops", [cell_of(sum(x) / len(x)) for x in loops.values()])
 
 
 def draw_sweep(results, budgets, table, path):
@@ -344,7 +347,7 @@ def draw_sweep(results, budgets, table, path):
             _, value = column_of(by_budget["pretrained"], table)
             ax.axhline(value, color=line["color"], lw=0.8, alpha=0.6)
     for ax, title in zip(axes[0], ("accuracy (%)", "perplexity"), strict=True):
-        ax.set(title=title, xlabel="loops", xscale="log")
+        ax.set(title=title, xlabel="loops")
         ticks_at(ax, numbers)
         if ax.lines:
             ax.legend(fontsize=7)
@@ -446,14 +449,14 @@ def load_harness():
     return harness
 
 
-def settings(args, directory, dtype, stopping):
+def settings(args, directory, dtype, halt):
     """What scores depend on: a folder's may only be used again where all of it is the same."""
     names = ("split", "budget", "halt", "authors_protocol", "special_tokens", "seed")
     found = {name: str(getattr(args, name)) for name in names}
     files = sorted(directory.glob("*.safetensors"))
     written = [f"{path.name} {path.stat().st_mtime_ns}" for path in files]
     found["model"] = ", ".join([str(directory.resolve()), *written])
-    return found | {"dtype": str(dtype), "threshold": str(stopping.threshold)}
+    return found | {"dtype": str(dtype), "threshold": str(halt.threshold)}
 
 
 def open_folder(args, wanted):
@@ -517,10 +520,10 @@ def main():
     model, tokenizer = load(args.model, split=args.split, device=device, dtype=dtype)
     require(tokenizer, f"--model {args.model}: no tokenizer.json in it, which text needs")
     threshold = THRESHOLDS.get(args.halt, model.config.exit_threshold)
-    stopping = Stopping(args.halt, threshold if args.threshold is None else args.threshold)
-    open_folder(args, settings(args, find(args.model)[0], dtype, stopping))
+    halt = Halt(args.halt, threshold if args.threshold is None else args.threshold)
+    open_folder(args, settings(args, find(args.model)[0], dtype, halt))
     start = time.perf_counter()
-    scorer = Scorer(model, args.budget, stopping, args.batch_size, args.out / "scores.jsonl")
+    scorer = Scorer(model, args.budget, halt, args.batch_size, args.out / "scores.jsonl")
     lm = harness.Adapter(scorer, tokenizer, args.authors_protocol, args.special_tokens)
     results, items = evaluate_tasks(args, lm, tasks, scorer)
     write_text(args.out / "results.json", json.dumps(results, indent=1) + "\n")
@@ -532,7 +535,7 @@ def main():
     if against is not None:
         print_difference(items, against, args.against)
     if args.halt != "none":
-        at = "" if args.halt == "argmax" else f" at {stopping.threshold:g}"
+        at = "" if args.halt == "argmax" else f" at {halt.threshold:g}"
         say(f"\nwith --halt {args.halt}{at}: a text's loops are those of its context's last token")
     say(f"\n{time.perf_counter() - start:.0f} s; wrote {args.out}/results.json and items.jsonl")
 

@@ -49,10 +49,10 @@ def next_tokens(ids):
     return torch.cat((ids[:, 1:], nothing), dim=1)
 
 
-def token_losses(model, h, targets):
-    """−log p(target) of every token under D(h), 0 for a target of -100, and is argmax D(h) right?
+def token_losses(model, x, targets):
+    """−log p(target) of every token, 0 for a target of -100, and is the argmax right?
 
-    h (N, T, D), targets (N, T) -> nats (N, T), bool (N, T).
+    x (N, T, D): what D's layers made; targets (N, T) -> nats (N, T), bool (N, T).
     """
 
     def losses(x, targets):  # (C, D), (C,), some of the tokens at a time
@@ -61,7 +61,6 @@ def token_losses(model, h, targets):
         loss = F.cross_entropy(logits, targets, reduction="none")
         return loss, logits.argmax(-1) == targets
 
-    x = model.decoder.layers(h, model.span(h.shape[1]))
     return in_chunks(losses, x, targets, model.config.vocab_size)
 
 
@@ -70,7 +69,8 @@ def next_token_loss(model, h, targets):
 
     h (N, T, D), targets (N, T), -100 where no loss is taken -> nats a target (N,), share (N,).
     """
-    loss, right = token_losses(model, h, targets)  # (N, T) each
+    x = model.decoder.layers(h, model.span(h.shape[1]))
+    loss, right = token_losses(model, x, targets)  # (N, T) each
     counted = (targets >= 0).sum(1).clamp(min=1)
     return loss.sum(1) / counted, right.sum(1) / counted
 
@@ -170,10 +170,25 @@ def losses_and_confidences(model, ids, targets, budget):
     confidences = []
     for _ in range(budget):
         h, delta = model.reasoning(h, span)
-        loss, _ = token_losses(model, h, targets)
+        loss, _ = token_losses(model, model.decoder.layers(h, span), targets)
         losses.append(loss[counted])
         confidences.append(model.q_head(delta).squeeze(-1)[counted].sigmoid())
     return torch.stack(losses), torch.stack(confidences)
+
+
+def last_loop(enough):
+    """The loop, from 0, at which each token stops: the first that is enough, else the last one.
+
+    enough (loops, tokens), bool -> (tokens,)
+    """
+    enough = enough.clone()
+    enough[-1] = True
+    return enough.int().argmax(0)
+
+
+def outcome(losses, last):
+    """Mean loops and mean loss of tokens that stop at the loops `last` (tokens,), from 0."""
+    return (last + 1).float().mean().item(), losses.gather(0, last[None]).mean().item()
 
 
 def find_threshold(losses, confidences):
@@ -188,12 +203,7 @@ def find_threshold(losses, confidences):
     found = []
     candidates = confidences.flatten().sort().values
     for threshold in [*candidates[:: max(1, len(candidates) // 200)].tolist(), 1.0]:
-        enough = confidences >= threshold
-        enough[-1] = True
-        last = enough.int().argmax(0)  # the first loop that is enough, (tokens,)
-        loops = (last + 1).float().mean().item()
-        loss = losses.gather(0, last[None]).mean().item()
-        found.append((threshold, loops, loss))
+        found.append((threshold, *outcome(losses, last_loop(confidences >= threshold))))
     best = min(loss for _, _, loss in found)
     cheap = [entry for entry in found if entry[2] <= best + COST]
     return min(cheap, key=itemgetter(1))

@@ -50,7 +50,7 @@ from appendix.files import read_json, write_text, write_whole
 from appendix.flags import FlagParser, add_model_flags, number, pick_device, pick_dtype
 from appendix.hub import find, newest_checkpoint
 from load_weights import load
-from train import evaluate, next_tokens
+from train import evaluate, last_loop, next_tokens, outcome
 
 # The paper's.
 PROMPTS = (
@@ -65,16 +65,24 @@ WORDS = 32  # tokens of a continuation in text.html
 # ---- what is computed ----------------------------------------------------------------------------
 
 
+def run_loops(model, ids, loops):
+    """Loop ids (N, T) by loop: hᵇ⁻¹, hᵇ and δ (N, T, D) each, and the Span to decode with."""
+    span = model.span(ids.shape[1])
+    h = model.encoder(ids, span)
+    for _ in range(loops):
+        new, delta = model.reasoning(h, span)
+        yield h, new, delta, span
+        h = new
+
+
 @torch.inference_mode()
 def follow(model, ids, loops):
     """The last token's state and gate, loop by loop: ids (1, T) -> h⁰ … hᴮ (B + 1, D), α (B, D)."""
-    span = model.span(ids.shape[1])
-    h = model.encoder(ids, span)
-    states = [h[0, -1].float()]
+    states = []
     alphas = []
-    for _ in range(loops):
-        h, delta = model.reasoning(h, span)
-        states.append(h[0, -1].float())
+    for old, new, delta, _ in run_loops(model, ids, loops):
+        states = states or [old[0, -1].float()]
+        states.append(new[0, -1].float())
         alphas.append(model.reasoning.gate(delta)[0, -1].float())
     return torch.stack(states).cpu(), torch.stack(alphas).cpu()
 
@@ -108,11 +116,8 @@ def follow_tokens(model, batches, loops):
     collected = []
     for ids, targets in batches:
         counted = targets >= 0
-        span = model.span(ids.shape[1])
-        h = model.encoder(ids, span)
         before = None
-        for _ in range(loops):
-            new, delta = model.reasoning(h, span)
+        for old, new, delta, span in run_loops(model, ids, loops):
             log_p = model.decoder(new, span)[counted].float().log_softmax(-1)  # (tokens, V)
             loss = F.nll_loss(log_p, targets[counted], reduction="none")
             kl = torch.full_like(loss, torch.inf)
@@ -124,11 +129,10 @@ def follow_tokens(model, batches, loops):
                 "q": model.q_head(delta)[counted].squeeze(-1).float().sigmoid(),
                 "choice": choice,
                 "right": (choice == targets[counted]).float(),
-                "moved": (new - h)[counted].float().norm(dim=-1),
+                "moved": (new - old)[counted].float().norm(dim=-1),
                 "kl": kl,
             }
             collected.append({name: x.cpu() for name, x in facts.items()})
-            h = new
             before = log_p
     parts = [collected[b::loops] for b in range(loops)]  # of each loop, those of all batches
     return {
@@ -149,28 +153,18 @@ def statistics(facts):
     }
 
 
-def last_loop(statistic, threshold):
-    """The loop, from 0, at which each token stops: (loops, tokens) -> (tokens,)."""
-    enough = statistic <= threshold
-    enough[-1] = True
-    return enough.int().argmax(0)
-
-
 def frontiers(facts):
     """{rule: [(mean loops, mean loss)]} for a range of thresholds, of fixed budgets, and of an
     oracle that stops each token where its loss is lowest."""
     losses = facts["loss"]
     found = {"fixed": [(b + 1, loss.mean().item()) for b, loss in enumerate(losses)]}
 
-    def outcome(last):
-        return (last + 1).float().mean().item(), losses.gather(0, last[None]).mean().item()
-
     for rule, statistic in statistics(facts).items():
         values = statistic[statistic.isfinite()].sort().values
         thresholds = values[:: max(1, len(values) // 30)].unique().tolist()
-        found[rule] = [outcome(last_loop(statistic, threshold)) for threshold in thresholds]
+        found[rule] = [outcome(losses, last_loop(statistic <= t)) for t in thresholds]
     found["argmax"] = found["argmax"][:1]  # it has no threshold: the choice is the same, or not
-    found["oracle"] = [outcome(losses.argmin(0))]
+    found["oracle"] = [outcome(losses, losses.argmin(0))]
     return found
 
 
@@ -410,11 +404,8 @@ def draw_layers(ax, values, splits):
 @torch.inference_mode()
 def next_shares(model, ids, loops):
     """The next token's distribution behind ids (1, T), at each loop: (loops, V)."""
-    span = model.span(ids.shape[1])
-    h = model.encoder(ids, span)
     shares = []
-    for _ in range(loops):
-        h, _ = model.reasoning(h, span)
+    for _, h, _, span in run_loops(model, ids, loops):
         shares.append(model.decoder.last(h, span)[0].float().softmax(-1).cpu())
     return torch.stack(shares)
 
@@ -467,12 +458,9 @@ def shade_of(loops, budget):
 def next_tokens_by_loop(model, ids, loops, count=5):
     """For every token of ids (1, T) the likeliest next ones at each loop: ids and probabilities,
     two of (loops, T, count)."""
-    span = model.span(ids.shape[1])
-    h = model.encoder(ids, span)
     tokens = []
     shares = []
-    for _ in range(loops):
-        h, _ = model.reasoning(h, span)
+    for _, h, _, span in run_loops(model, ids, loops):
         share, token = (
             model.decoder(h, span)[0].float().softmax(-1).topk(min(count, model.config.vocab_size))
         )
@@ -541,13 +529,19 @@ def draw_confidence(facts, threshold, path):
         q, right = calibration(facts["q"][b - 1], facts["right"][b - 1])
         reliability.plot(q, right, **line, ms=4, label=tiny.loops_label(str(b)))
     reliability.axline((0, 0), slope=1, color="0.7", lw=1)
-    reliability.set(title="is q true?", xlabel="q, ten bins", ylabel="share of tokens right")
+    reliability.set(
+        title="is q true? (on the line it is)",
+        xlabel="q, mean of a tenth of the tokens",
+        ylabel="share of them that are right",
+    )
     reliability.legend(fontsize=8)
 
-    last = last_loop(-facts["q"], -threshold)
+    last = last_loop(facts["q"] >= threshold)
     share = torch.bincount(last, minlength=loops) / len(last)
     exits.bar(range(1, loops + 1), share, color="0.6")
-    exits.set(title=f"where tokens stop, q >= {threshold:.2f}", xlabel="loops", ylabel="share")
+    exits.set(
+        title=f"where tokens stop at q >= {threshold:.2f}", xlabel="loops", ylabel="share of tokens"
+    )
     whole_numbers(exits.xaxis)
 
     found = frontiers(facts)
@@ -556,7 +550,11 @@ def draw_confidence(facts, threshold, path):
         prices.plot(
             [n for n, _ in outcomes], [loss for _, loss in outcomes], **line, ms=3, label=rule
         )
-    prices.set(title="what a rule pays", xlabel="mean loops", ylabel="mean loss (nats)")
+    prices.set(
+        title="loss by loops, a line a stopping rule",
+        xlabel="mean loops, by the rule's threshold",
+        ylabel="mean loss (nats)",
+    )
     prices.legend(fontsize=7)
     finish(fig, path)
 
@@ -564,7 +562,11 @@ def draw_confidence(facts, threshold, path):
 def print_confidence(facts, threshold):
     """The same as a table: what q knows at each loop."""
     losses, q, right = facts["loss"], facts["q"], facts["right"]
-    last = last_loop(-q, -threshold)
+    last = last_loop(q >= threshold)
+    print(
+        "what the confidence head knows at each loop; AUC: 0.5 is a coin, 1 is always right; "
+        f"stop here: tokens whose q first reaches {threshold:.2f} there"
+    )
     print("loops   loss  right  mean q  |q - right|  AUC: right  AUC: deeper is better  stop here")
     for b in range(len(q)):
         mean_q, mean_right = calibration(q[b], right[b])

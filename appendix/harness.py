@@ -131,18 +131,24 @@ def local_items(path, fields):
                 f'{path}, line {number}: expected "{name}" to be of type {kind.__name__}, found '
                 f"{type(found).__name__}",
             )
-        for choice in item.get("choices", item.get("contexts", [""])):
-            require(
-                isinstance(choice, str) and (choice or "choices" not in fields),
-                f"{path}, line {number}: a choice is {shorten(choice)}, expected some text",
-            )
-        require(
-            "gold" not in fields
-            or 0 <= item["gold"] < len(item.get("choices", item.get("contexts"))),
-            f"{path}, line {number}: gold is {item.get('gold')}, expected the number of a choice",
-        )
+        if "gold" in fields:
+            check_choices(item, f"{path}, line {number}")
     require(items, f"{path}: no item in it")
     return [{name: item[name] for name in fields} for item in items]
+
+
+def check_choices(item, where):
+    """InputError if an item's choices are no texts, or its gold is the number of none of them."""
+    choices = item["contexts"] if "contexts" in item else item["choices"]
+    for choice in choices:
+        require(
+            isinstance(choice, str) and choice,
+            f"{where}: a choice is {shorten(choice)}, expected some text",
+        )
+    require(
+        0 <= item["gold"] < len(choices),
+        f"{where}: gold is {item['gold']}, expected the number of a choice, from 0",
+    )
 
 
 def pages(text):

@@ -216,12 +216,15 @@ def write_trainer_state(directory, state, progress, flags):
     in the host's memory at once: for 8B parameters it is 90 GB.
     """
     part = {}
+    size = 0  # of part, in bytes
     number = 1
     for name, x in state:
         part[name] = x
-        if sum(tensor.nbytes for tensor in part.values()) >= FILE:
+        size += x.nbytes
+        if size >= FILE:
             save_file(part, directory / f"trainer-{number:05d}.safetensors")
             part = {}
+            size = 0
             number += 1
     save_file(part, directory / f"trainer-{number:05d}.safetensors")
     record = asdict(progress) | {"flags": flags, "digests": digests(directory)}

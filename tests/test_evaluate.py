@@ -22,7 +22,7 @@ SMOLLM2 = Path(os.environ.get("LOOPUS_SMOLLM2", "~/.cache/loopus/smollm2-135m-in
 SMOLLM2 = SMOLLM2.expanduser()
 NO_HARNESS = importlib.util.find_spec("lm_eval") is None
 needs_harness = pytest.mark.skipif(NO_HARNESS, reason="needs lm-evaluation-harness")
-NEVER = evaluate.Stopping("none", 0.0)
+NEVER = evaluate.Halt("none", 0.0)
 
 
 def rows():
@@ -76,7 +76,7 @@ def test_the_likeliest_continuation_is_greedy():
 @pytest.mark.parametrize("halt", ["confidence", "cdf", "convergence", "argmax", "kl"])
 def test_a_text_takes_the_loops_that_generation_gives_its_context(halt):
     model = small(0)
-    rule = evaluate.Stopping(halt, {"convergence": 8.0, "kl": 0.3}.get(halt, 0.55))
+    rule = evaluate.Halt(halt, {"convergence": 8.0, "kl": 0.3}.get(halt, 0.55))
     found = evaluate.score(model, rows()[:5], [2, 6], rule)
     loops = set()
     for (context, continuation), scores in zip(rows()[:5], found, strict=True):

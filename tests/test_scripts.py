@@ -280,7 +280,7 @@ def test_where_a_token_stops_is_where_generation_stops(rule):
     if rule == "argmax":
         threshold = given = 0.0
     step = next(model.generate(ids, 1, budget=5, halt=rule, exit_threshold=given, temperature=0))
-    stops = visualize.last_loop(statistic, threshold) + 1
+    stops = visualize.last_loop(statistic <= threshold) + 1
     assert stops.tolist() == step.loops.tolist()
     assert len(set(stops.tolist())) > 1
 
